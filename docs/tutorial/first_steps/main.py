@@ -1,0 +1,44 @@
+"""A whole application in one file: FastAPI, Celery, and live status of every task."""
+
+import os
+
+import celeriac
+from celeriac.fastapi import attach, status_router
+from celery import Celery
+from dotenv import load_dotenv
+from fastapi import FastAPI
+
+load_dotenv()
+redis_url = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
+
+celery = Celery(
+    "worker",
+    broker=os.environ.get("CELERY_BROKER_URL", redis_url),
+    backend=os.environ.get("CELERY_RESULT_BACKEND", redis_url),
+)
+celeriac.adopt(celery)  # the one call; everything else is plain Celery and plain FastAPI
+
+
+@celery.task
+def divide(x: float, y: float) -> float:
+    return x / y
+
+
+app = FastAPI()
+attach(app, celery)
+app.include_router(status_router(celery))  # WebSocket /ws/task_status/{task_id}
+
+
+@app.get("/")
+def index() -> dict[str, str]:
+    return {"message": "Hello World"}
+
+
+@app.get("/health-check")
+def health_check() -> dict[str, str]:
+    return {"status": "ok"}
+
+
+@app.post("/divide", status_code=202)
+def start(x: float, y: float) -> dict[str, str]:
+    return {"task_id": divide.delay(x, y).id}

@@ -1,0 +1,142 @@
+"""Compose the parts around a plain Celery app, and find the app that is meant here."""
+
+import gc
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+from urllib.parse import urlsplit
+from weakref import WeakKeyDictionary
+
+from celery import Celery, _state
+from celery.local import Proxy
+
+from celeriac import backend, store
+from celeriac.errors import AmbiguousAppError, ConfigurationError, NoAppError
+from celeriac.settings import Settings, check_option
+
+# Adopted apps that are alive, with the settings they were made from.
+_adopted: WeakKeyDictionary[Celery, Settings | None] = WeakKeyDictionary()
+_chosen: ContextVar[Celery | None] = ContextVar("celeriac_app", default=None)
+
+_SERVER_TIMEOUT = 2.0  # seconds; Celery's own defaults wait 20 s, or for ever
+_REDIS_OPTIONS = {
+    "socket_timeout": _SERVER_TIMEOUT,
+    "socket_connect_timeout": _SERVER_TIMEOUT,
+    "socket_keepalive": True,
+}
+_RELIABLE: dict[str, Any] = {
+    # A task is acknowledged when it has ended: a worker that dies leaves it to another.
+    "task_acks_late": True,
+    "task_reject_on_worker_lost": True,
+    "worker_prefetch_multiplier": 1,
+    # JSON only: unpickling a message runs whatever its sender wrote.
+    "task_serializer": "json",
+    "result_serializer": "json",
+    "accept_content": ["json"],
+    # Nothing waits for a dead server for ever; one retry, since a pooled connection may be stale.
+    "broker_connection_timeout": _SERVER_TIMEOUT,
+    "broker_connection_retry_on_startup": True,
+    "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0, "interval_max": 0.2},
+    "redis_socket_timeout": _SERVER_TIMEOUT,
+    "redis_socket_connect_timeout": _SERVER_TIMEOUT,
+    "redis_socket_keepalive": True,
+    # Flower shows what was sent, and `AsyncResult` a result's name and arguments.
+    "task_send_sent_event": True,
+    "result_extended": True,
+}
+
+
+def adopt(app: Celery, *, status_store: str | None = None) -> Celery:
+    """Make `app` known to celeriac and return it. Its tasks, workers and commands stay as they are.
+
+    A sole adopted app becomes the default of shared tasks in every thread; of several, the one
+    chosen with `use_app`, which a request of a FastAPI application does for its own. The states
+    of all its tasks become visible while they run. What was configured on purpose stays.
+
+    `status_store` is the URL of another Redis than the result backend's, for those who watch.
+    """
+    _adopted.setdefault(app, None)
+    if status_store is not None:
+        store.keep_status_in(app, status_store)
+    app.loader.override_backends = backend.BACKENDS | app.loader.override_backends
+    app.add_defaults({"task_track_started": True, "task_store_eager_result": True})
+    backend.report_ignored_results(app)
+    # Celery's own choice is the app made last in this thread, and none in any other.
+    _state._set_current_app(None)
+    _state.set_default_app(Proxy(current_app))
+    return app
+
+
+def create_celery(settings: Settings, *, name: str = "celeriac", **options: Any) -> Celery:
+    """A Celery app made from `settings`, with defaults that lose nothing, adopted.
+
+    `options` are Celery's own, by their lower-case names; `settings` win over them, and both over
+    the defaults. Raises ConfigurationError for an option that Celery does not have.
+    """
+    for option in options:
+        check_option(option, option)
+    config = _RELIABLE | options | settings.celery_config()
+    config["broker_transport_options"] = _transport_options(config)
+    app = Celery(name, backend=config["result_backend"], set_as_current=False)
+    app.conf.update(_without_environment(config))
+    adopt(app, status_store=settings.ws_message_queue)
+    _adopted[app] = settings
+    return app
+
+
+def _transport_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    scheme = urlsplit(config["broker_url"].split(";")[0]).scheme
+    given = config.get("broker_transport_options") or {}
+    if scheme in ("redis", "rediss", "redis+socket", "sentinel"):
+        return _REDIS_OPTIONS | given
+    if scheme in ("amqp", "amqps", "pyamqp"):
+        return {"confirm_publish": True} | given
+    return dict(given)
+
+
+def _without_environment(config: dict[str, Any]) -> dict[str, Any]:
+    """`config` such that it holds where Celery would rather believe CELERY_BROKER_URL."""
+    if os.environ.get("CELERY_BROKER_URL", config["broker_url"]) != config["broker_url"]:
+        url = config["broker_url"]
+        return {"broker_read_url": url, "broker_write_url": url} | config
+    return config
+
+
+def current_app() -> Celery:
+    """The app chosen with `use_app` here, else the sole adopted one.
+
+    Raises NoAppError or AmbiguousAppError.
+    """
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
+    if len(_adopted) > 1:
+        gc.collect()  # an app that nobody holds any more lives on in its cycles
+    match list(_adopted):
+        case [app]:
+            return app
+        case []:
+            raise NoAppError
+        case apps:
+            raise AmbiguousAppError([app.main or "?" for app in apps])
+
+
+@contextmanager
+def use_app(app: Celery) -> Iterator[Celery]:
+    """Make `app` the one that shared tasks, and `AsyncResult`, mean inside the block."""
+    token = _chosen.set(app)
+    try:
+        yield app
+    finally:
+        _chosen.reset(token)
+
+
+def settings_of(app: Celery | None = None) -> Settings:
+    """The settings that `app`, or the current one, was made from by `create_celery`."""
+    found = app or current_app()
+    settings = _adopted.get(found)
+    if settings is None:
+        raise ConfigurationError(f"{found!r} was not made from settings: use create_celery")
+    return settings

@@ -1,0 +1,87 @@
+"""What a worker writes about its tasks: Celery's Redis result backend, and what it leaves out."""
+
+import logging
+from functools import cached_property
+from typing import Any
+from weakref import WeakSet
+
+import celery.backends.redis
+import redis
+from celery import Celery, Task, states
+from celery.app.task import get_actual_ignore_result
+from celery.signals import task_postrun, task_prerun
+
+from celeriac import store
+
+logger = logging.getLogger(__name__)
+
+_reported: WeakSet[Celery] = WeakSet()
+
+
+class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
+    """Celery's, except that sending a task does not subscribe to its result.
+
+    `AsyncResult.get` subscribes when it is called. A subscription for each task sent costs two
+    round trips and lasts as long as its handle, and most senders never wait.
+
+    Where the app has a status store of its own, each state is written there too, after the result.
+    """
+
+    def on_task_call(self, producer: Any, task_id: str) -> None:
+        pass
+
+    @cached_property
+    def _status(self) -> redis.Redis | None:
+        return store.status_client(self.app)
+
+    def _set(self, key: bytes, value: bytes, expires: int | None = None) -> None:
+        super()._set(key, value, expires)
+        if self._status is None:
+            return
+        lifetime = self.expires if expires is None else expires
+        try:
+            with self._status.pipeline() as pipe:
+                pipe.set(key, value, ex=lifetime or None)
+                pipe.publish(key, value)
+                pipe.execute()
+        except redis.RedisError as error:
+            # The result is safe; whoever watches this task sees it late or not at all.
+            logger.error("the status store did not take the state of %r: %s", key, error)
+
+
+# By scheme, as a Celery loader's `override_backends` takes them.
+BACKENDS = dict.fromkeys(("redis", "rediss"), f"{__name__}:{RedisBackend.__name__}")
+
+
+def report_ignored_results(app: Celery) -> None:
+    """Record the states of `ignore_result` tasks too: only their value is ignored.
+
+    Celery records neither their start nor their success, so they read PENDING for ever. Their
+    failures, and those that a dead worker cannot report, it records if told to.
+    """
+    app.add_defaults({"task_store_errors_even_if_ignored": True})
+    _reported.add(app)
+    task_prerun.connect(_started, dispatch_uid="celeriac.backend.started")
+    task_postrun.connect(_ended, dispatch_uid="celeriac.backend.ended")
+
+
+def _started(sender: Task, task_id: str, **_: Any) -> None:
+    if _ignored(sender):
+        _record(sender, task_id, states.STARTED)
+
+
+def _ended(sender: Task, task_id: str, state: str, **_: Any) -> None:
+    if state == states.SUCCESS and _ignored(sender):
+        _record(sender, task_id, states.SUCCESS)
+
+
+def _ignored(task: Task) -> bool:
+    ignored: bool = get_actual_ignore_result(task, task.request)
+    return ignored and task.app in _reported and not task.request.called_directly
+
+
+def _record(task: Task, task_id: str, state: str) -> None:
+    try:
+        task.backend.store_result(task_id, None, state, request=task.request)
+    except Exception:
+        logger.exception("the state %s of task %s was not recorded", state, task_id)

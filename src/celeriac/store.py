@@ -1,0 +1,82 @@
+"""Where the status of tasks is kept in Redis, and under which keys."""
+
+from typing import Any
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+from weakref import WeakKeyDictionary
+
+import redis
+import redis.asyncio
+from celery import Celery
+from celery.backends.redis import RedisBackend, SentinelBackend
+from redis.asyncio.connection import AbstractConnection
+
+# An app's own status store where it is another Redis than its result backend.
+_urls: WeakKeyDictionary[Celery, str] = WeakKeyDictionary()
+
+_ASYNC_CONNECTIONS = {
+    redis.Connection: redis.asyncio.Connection,
+    redis.SSLConnection: redis.asyncio.SSLConnection,
+    redis.UnixDomainSocketConnection: redis.asyncio.UnixDomainSocketConnection,
+}
+
+
+def redis_url(celery_url: str) -> str:
+    """A Redis address as Celery writes it, as redis-py writes it."""
+    parts = urlsplit(celery_url)
+    query = dict(parse_qsl(parts.query))
+    if parts.scheme == "redis+socket":
+        database = query.pop("virtual_host", "0")
+        return urlunsplit(
+            ("unix", parts.netloc, parts.path, urlencode({"db": database, **query}), "")
+        )
+    if "ssl_cert_reqs" in query:  # Celery takes the names of the ssl module, redis-py its own
+        query["ssl_cert_reqs"] = query["ssl_cert_reqs"].removeprefix("CERT_").lower()
+    return urlunsplit((parts.scheme, parts.netloc, parts.path, urlencode(query), ""))
+
+
+def celery_url(redis_py_url: str) -> str:
+    """A Redis address as redis-py writes it, as Celery writes it."""
+    parts = urlsplit(redis_py_url)
+    if parts.scheme != "unix":
+        return redis_py_url
+    query = dict(parse_qsl(parts.query))
+    database = query.pop("db", "0")
+    path = quote(unquote(parts.path))
+    return f"redis+socket://{parts.netloc}{path}?{urlencode({'virtual_host': database, **query})}"
+
+
+def keep_status_in(app: Celery, url: str) -> None:
+    """Keep the status of `app`'s tasks in the Redis at `url` too, for those who watch."""
+    _urls[app] = url
+
+
+def status_client(app: Celery) -> redis.Redis | None:
+    """A client of `app`'s own status store; None where its result backend serves."""
+    url = _urls.get(app)
+    if url is None:
+        return None
+    return redis.Redis.from_url(redis_url(url), socket_timeout=2.0, socket_connect_timeout=2.0)
+
+
+def status_connection(app: Celery) -> AbstractConnection | None:
+    """A new connection to where `app`'s status is kept, not yet open; None if that is no Redis."""
+    options: dict[str, Any]
+    if (url := _urls.get(app)) is not None:
+        pool = redis.asyncio.ConnectionPool.from_url(redis_url(url))
+        kind, options = pool.connection_class, dict(pool.connection_kwargs)
+    elif isinstance(app.backend, RedisBackend) and not isinstance(app.backend, SentinelBackend):
+        options = dict(app.backend.connparams)
+        options.pop("max_connections", None)
+        kind = _ASYNC_CONNECTIONS[options.pop("connection_class", redis.Connection)]
+    else:
+        return None
+    # RESP3: replies and messages come over one connection, in the order in which they were made.
+    options |= {"protocol": 3, "decode_responses": False, "socket_connect_timeout": 2.0}
+    connection: AbstractConnection = kind(**options)
+    return connection
+
+
+def task_key(app: Celery, task_id: str) -> bytes:
+    """The key, and channel, of a task's state: Celery's own, `global_keyprefix` honoured."""
+    key: bytes = app.backend.get_key_for_task(task_id)
+    return key

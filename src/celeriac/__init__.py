@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from celeriac.errors import CeleriacError, ConfigurationError, ServiceError, exit_on_error
 
 if TYPE_CHECKING:
-    from celeriac.app import adopt, create_celery, current_app, settings_of, use_app
+    from celeriac.app import adopt, create_celery, current_app, default_app, settings_of, use_app
     from celeriac.settings import Settings
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "adopt",
     "create_celery",
     "current_app",
+    "default_app",
     "exit_on_error",
     "settings_of",
     "use_app",

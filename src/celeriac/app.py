@@ -2,15 +2,18 @@
 
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 from celery import Celery, _state
 from celery.local import Proxy
+from celery.signals import celeryd_init
+from kombu.entity import Exchange, Queue
 
 from celeriac import backend, store
 from celeriac.errors import AmbiguousAppError, ConfigurationError, NoAppError
@@ -18,6 +21,7 @@ from celeriac.settings import Settings, check_option
 
 # Adopted apps that are alive, with the settings they were made from.
 _adopted: WeakKeyDictionary[Celery, Settings | None] = WeakKeyDictionary()
+_fallback: list[Callable[[], Celery]] = []
 _chosen: ContextVar[Celery | None] = ContextVar("celeriac_app", default=None)
 
 _SERVER_TIMEOUT = 2.0  # seconds; Celery's own defaults wait 20 s, or for ever
@@ -79,11 +83,35 @@ def create_celery(settings: Settings, *, name: str = "celeriac", **options: Any)
         check_option(option, option)
     config = _RELIABLE | options | settings.celery_config()
     config["broker_transport_options"] = _transport_options(config)
+    if config.get("task_queues"):
+        config["task_queues"] = [_queue(queue) for queue in config["task_queues"]]
     app = Celery(name, backend=config["result_backend"], set_as_current=False)
     app.conf.update(_without_environment(config))
     adopt(app, status_store=settings.ws_message_queue)
     _adopted[app] = settings
     return app
+
+
+def _queue(queue: Any) -> Any:
+    # With an exchange and a key of its own: those of the default would get every queue's messages.
+    if not isinstance(queue, str):
+        return queue
+    return Queue(queue, Exchange(queue), queue)  # type: ignore[no-untyped-call]
+
+
+@celeryd_init.connect  # type: ignore[untyped-decorator]
+def _refuse_unknown_queues(instance: Any, options: Mapping[str, Any], **_: Any) -> None:
+    """`celery worker -Q misspelt` ends with one line instead of Celery's traceback."""
+    app = instance.app
+    if app not in _adopted or app.conf.task_create_missing_queues:
+        return
+    known = app.amqp.queues
+    for option in ("queues", "exclude_queues"):
+        for queue in options.get(option) or ():
+            if queue not in known:
+                raise SystemExit(
+                    f"error: {queue!r} is no queue; task_queues has {', '.join(sorted(known))}"
+                )
 
 
 def _transport_options(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,10 +145,23 @@ def current_app() -> Celery:
     match list(_adopted):
         case [app]:
             return app
+        case [] if _fallback:
+            return _fallback[0]()
         case []:
             raise NoAppError
         case apps:
             raise AmbiguousAppError([app.main or "?" for app in apps])
+
+
+def default_app(factory: Callable[[], Celery]) -> None:
+    """Call `factory` for an app where one is needed and none was made, as in a shell.
+
+    So `from project.tasks import divide; divide.delay(1, 2)` finds its broker without an entry
+    point. Importing still creates nothing.
+    """
+    _fallback[:] = [cache(factory)]
+    if _state.default_app is None:
+        _state.set_default_app(Proxy(current_app))
 
 
 @contextmanager

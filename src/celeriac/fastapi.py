@@ -3,16 +3,18 @@
 import asyncio
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from typing import Annotated
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 from celery import Celery
-from fastapi import APIRouter, FastAPI, Request, WebSocket, WebSocketException, status
+from fastapi import APIRouter, Depends, FastAPI, Request, WebSocket, WebSocketException, status
 from fastapi.responses import JSONResponse
 from kombu.exceptions import OperationalError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from starlette.datastructures import Headers
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 
@@ -23,6 +25,8 @@ from celeriac.status import Reader, Status
 _SAFE_METHODS = {"GET", "HEAD", "OPTIONS", "TRACE"}
 _FIRST_FRAME = 5.0  # seconds; a status store that is silent for longer is away
 _TRY_AGAIN_LATER = 1013
+
+_readers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Celery, Reader]] = WeakKeyDictionary()
 
 
 def attach(app: FastAPI, celery: Celery) -> None:
@@ -86,6 +90,20 @@ def same_origin(headers: Headers, origins: Collection[str] = ()) -> bool:
     return origin in origins or urlsplit(origin).netloc == headers.get("host")
 
 
+def reader_of(celery: Celery) -> Reader:
+    """The one reader of `celery`'s task states in the running event loop."""
+    readers = _readers.setdefault(asyncio.get_running_loop(), {})
+    return readers.setdefault(celery, Reader(celery))
+
+
+async def _reader(connection: HTTPConnection) -> Reader:
+    return reader_of(connection.app.celery)
+
+
+ReaderDep = Annotated[Reader, Depends(_reader)]
+"""Task states in a view of an application that was given its Celery app with `attach`."""
+
+
 def status_router(celery: Celery, *, origins: Collection[str] = ()) -> APIRouter:
     """The WebSocket `/ws/task_status/{task_id}`: the state now, then every change to the last.
 
@@ -93,14 +111,10 @@ def status_router(celery: Celery, *, origins: Collection[str] = ()) -> APIRouter
     closes with 1000 after the terminal state, with 1013 where the status store does not answer.
     Pages of other sites are refused, except those of `origins`.
     """
-    readers: WeakKeyDictionary[asyncio.AbstractEventLoop, Reader] = WeakKeyDictionary()
-
-    def reader() -> Reader:
-        return readers.setdefault(asyncio.get_running_loop(), Reader(celery))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with reader():  # kept open between sockets, closed with the application
+        async with reader_of(celery):  # kept open between sockets, closed with the application
             yield
 
     router = APIRouter(lifespan=lifespan)
@@ -110,7 +124,7 @@ def status_router(celery: Celery, *, origins: Collection[str] = ()) -> APIRouter
         if not same_origin(websocket.headers, origins):
             raise WebSocketException(status.WS_1008_POLICY_VIOLATION)
         await websocket.accept()
-        async with reader().follow(task_id) as states:
+        async with reader_of(celery).follow(task_id) as states:
             await _forward(websocket, states)
 
     return router

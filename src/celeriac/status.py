@@ -147,6 +147,7 @@ class Reader:
         if runner is not None:
             runner.cancel()
             await asyncio.wait([runner])
+        self._wake = asyncio.Event()  # the old one holds on to its event loop
 
     async def snapshot(self, task_id: str, timeout: float = 2.0) -> Status:
         """The state now. Raises ServiceError if it cannot be had within `timeout` seconds."""

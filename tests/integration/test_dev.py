@@ -68,6 +68,7 @@ def result(id: str):
 """
 
 SETTINGS = ("REDIS_URL", "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "DATABASE_URL", "NO_COLOR")
+COMMAND = (sys.executable, "-c", "from celeriac.cli import main; main()", "dev")
 BRIEF = ("--no-flower", "--no-beat")
 
 
@@ -107,7 +108,7 @@ class Dev:
         self.folder = folder
         ports = ("--port", str(self.port), "--flower-port", str(self.flower_port))
         self.process = subprocess.Popen(
-            [sys.executable, "-c", "from celeriac.cli import main; main()", "dev", *ports, *options],
+            [*COMMAND, *ports, *options],
             cwd=folder,
             env=environment(**env),
             stdout=subprocess.PIPE,
@@ -224,7 +225,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
 def refusal(folder: Path, *options: str, **env: str) -> str:
     """The one line that a start ends with; nothing was started before it."""
     done = subprocess.run(
-        [sys.executable, "-c", "from celeriac.cli import main; main()", "dev", *BRIEF, *options],
+        [*COMMAND, *BRIEF, *options],
         cwd=folder,
         env=environment(**env),
         capture_output=True,
@@ -264,7 +265,11 @@ def test_the_env_file_is_private_and_leads_another_shell_to_the_broker(everythin
         "'import main; print(main.divide.delay(3, 2).get(timeout=10))'"
     )
     done = subprocess.run(
-        ["sh", "-c", shell], cwd=everything.folder, env=environment(), capture_output=True, text=True
+        ["sh", "-c", shell],
+        cwd=everything.folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
     )
     assert done.stdout == "1.5\n", done.stderr
 
@@ -306,7 +311,9 @@ def test_a_taken_port_is_named_and_nothing_is_started(tmp_path: Path) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as taken:
         port = taken.getsockname()[1]
         line = refusal(write_project(tmp_path), "--port", str(port))
-    assert line == f"error: port {port} (web) is taken by another program; choose another with --port"
+    assert (
+        line == f"error: port {port} (web) is taken by another program; choose another with --port"
+    )
     assert not (tmp_path / ".data" / "valkey").exists()
 
 
@@ -355,14 +362,25 @@ def test_a_killed_runner_leaves_no_process_behind(start: Start, tmp_path: Path) 
     assert not sockets.exists()
 
 
-def test_closed_output_ends_everything(start: Start) -> None:
-    dev = start(*BRIEF, "--no-reload")
-    read, write = os.pipe()
-    os.close(read)
-    os.close(write)
-    dev.up()
-    processes = dev.tree()
-    assert processes
+def test_closed_output_ends_everything(tmp_path: Path) -> None:
+    port = free_port()
+    command = [*COMMAND, *BRIEF, "--no-reload", "--port", str(port)]
+    process = subprocess.Popen(
+        command, cwd=write_project(tmp_path), env=environment(), stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        while b"for another shell" not in process.stdout.readline():
+            pass
+        processes = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
+        process.stdout.close()
+        with urlopen(f"http://127.0.0.1:{port}/version"):
+            pass  # its line in the log finds nobody
+        assert process.wait(6) == 0
+        assert alive(processes) == []
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
 def test_code_is_reloaded_and_a_running_task_finishes(start: Start, tmp_path: Path) -> None:
@@ -461,7 +479,10 @@ def test_a_failed_migration_is_told_in_one_line(tmp_path: Path) -> None:
         ("[tool.celeriac.dev.processes.stub]\nport = 1", "stub.command is missing"),
         ("[tool.celeriac.dev.processes.stub]\ncommand = 'true'\nport = '1'", "stub.port must be"),
         ("[tool.celeriac.dev.processes.stub]\ncommand = 'true {port}'", "stub.command uses {port}"),
-        ("[tool.celeriac.dev.processes.stub]\ncommand = 'no-such-program'", "stub.command: no-such"),
+        (
+            "[tool.celeriac.dev.processes.stub]\ncommand = 'no-such-program'",
+            "stub.command: no-such",
+        ),
         ("[tool.celeriac.dev.processes.web]\ncommand = 'true'", "the name web is taken"),
         ("[tool.celeriac.dev.processes]\nstub = 'true'", "processes.stub must be a table"),
         ("[tool", "pyproject.toml is not TOML"),
@@ -474,14 +495,19 @@ def test_a_wrong_process_table_is_named(tmp_path: Path, table: str, named: str) 
 
 
 def test_the_projects_own_processes_run_beside(start: Start, tmp_path: Path) -> None:
-    port = free_port()
     (tmp_path / "pyproject.toml").write_text(
         "[tool.celeriac.dev.processes.stub]\n"
-        "command = 'python -u -m http.server --bind 127.0.0.1 {port}'\n"
-        f"port = {port}\n"
-        "env = { STUB_URL = 'http://127.0.0.1:{port}' }\n"
+        "command = 'python -m http.server --bind 127.0.0.1 {port}'\n"
+        "port = 8110\n"
+        "env = { STUB_URL = 'http://127.0.0.1:{port}', OTHER = 'ours' }\n"
     )
-    main = MAIN + "\n@app.get('/stub')\ndef stub():\n    import os\n    return os.environ['STUB_URL']\n"
-    (tmp_path / "main.py").write_text(main)
-    dev = start(*BRIEF, "--no-reload", "--port", "8010")
-    assert dev
+    endpoint = "\n@app.get('/env')\ndef env():\n    import os\n    return dict(os.environ)\n"
+    (tmp_path / "main.py").write_text(MAIN + endpoint)
+    dev = start(*BRIEF, "--no-reload", OTHER="the user's").up()
+    shifted = f"http://127.0.0.1:{dev.port + 100}"
+    dev.expect(rf"stub +{shifted} +ready")
+    with urlopen(shifted) as answer:
+        assert b"main.py" in answer.read()
+    env = dev.call("GET", "/env")
+    assert isinstance(env, dict)
+    assert (env["STUB_URL"], env["OTHER"]) == (shifted, "the user's")

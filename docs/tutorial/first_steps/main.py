@@ -2,11 +2,12 @@
 
 import os
 
-import celeriac
-from celeriac.fastapi import attach, status_router
 from celery import Celery
 from dotenv import load_dotenv
 from fastapi import FastAPI
+
+import celeriac
+from celeriac.fastapi import attach, status_router
 
 load_dotenv()
 redis_url = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")

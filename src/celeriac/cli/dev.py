@@ -52,7 +52,7 @@ def dev(**given: Any) -> None:
 def _run(options: Options) -> None:
     folder = Path.cwd()
     options = _normalised(options)
-    plan.check_installed(options)
+    plan.check(options)
     workers = [f"worker{number + 1}" for number in range(options.workers)]
     taken = {*plan.RESERVED, *workers}
     extras = extra_processes(folder, options.port - USUAL_PORT, taken)

@@ -1,5 +1,6 @@
 """What is to run: from the options and the project to the list of services."""
 
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,8 +37,10 @@ class Options:
     data: Path
 
 
-def check_installed(options: Options) -> None:
-    """Raise ConfigurationError where the `dev` extra is missing."""
+def check(options: Options) -> None:
+    """Raise ConfigurationError where the `dev` extra is missing or nothing is left to start."""
+    if not (options.web or options.flower or options.beat or options.workers):
+        raise ConfigurationError("nothing to start: give fewer --no-… options, or --workers 1")
     wanted = {"uvicorn": options.web, "watchfiles": options.reload, "flower": options.flower}
     missing = [name for name, needed in wanted.items() if needed and find_spec(name) is None]
     if missing:
@@ -111,12 +114,14 @@ def _web(options: Options, env: Mapping[str, str], colour: bool) -> Spec:
 
 def _worker(options: Options, env: Mapping[str, str], colour: bool, number: int) -> Spec:
     node = f"worker{number}{{generation}}@%h"
+    # Anywhere in the line: the application may log JSON.
+    ready = re.compile(rf"\bworker{number}(\.\d+)?@\S+ ready\.")
     return Spec(
         name="worker" if options.workers == 1 else f"worker{number}",
         command=_celery(options, colour, "worker", "--loglevel=info", "-E", "-n", node),
         # A user's REMAP_SIGTERM would cut running tasks at every reload.
         env={name: value for name, value in env.items() if name != "REMAP_SIGTERM"},
-        says=lambda line: line.endswith(" ready."),
+        says=lambda line: ready.search(line) is not None,
         reloads=True,
         overlaps=True,
         kind="worker",

@@ -74,17 +74,17 @@ def _check_one(port: Port) -> None:
 
 async def accepts(host: str, port: int) -> bool:
     """Whether a server accepts connections."""
-    return await _ask(host, port, b"")
+    return await _ask(host, port, b"", 2)
 
 
 async def speaks_http(host: str, port: int) -> bool:
     """Whether a server gives an HTTP answer, whatever it says."""
-    return await _ask(host, port, b"HEAD / HTTP/1.0\r\nHost: localhost\r\n\r\n")
+    return await _ask(host, port, b"HEAD / HTTP/1.0\r\nHost: localhost\r\n\r\n", 20)
 
 
-async def _ask(host: str, port: int, request: bytes) -> bool:
+async def _ask(host: str, port: int, request: bytes, timeout: float) -> bool:
     try:
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(timeout):
             reader, writer = await asyncio.open_connection(reachable(host), port)
             try:
                 if not request:

@@ -73,9 +73,13 @@ def _check(web: str, celery: str) -> None:
 
 
 def _migrate() -> None:
-    from alembic import command
-    from alembic.config import Config
-
+    try:
+        from alembic import command
+        from alembic.config import Config
+    except ImportError:
+        raise _RefusedError(
+            "here is an alembic.ini, but alembic is not installed: pip install 'celeriac[db]'"
+        ) from None
     try:
         command.upgrade(Config("alembic.ini"), "head")
     except (Exception, SystemExit) as error:  # the project's env.py and migrations are in there

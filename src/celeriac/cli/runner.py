@@ -21,6 +21,7 @@ from celeriac.cli.watchdog import Watchdog
 from celeriac.errors import ConfigurationError
 
 _TABLE_AFTER = 60.0
+_SLOW_CHECK = 5.0
 
 
 class Runner:
@@ -144,7 +145,13 @@ class Runner:
             env=env,
         )
         child = await self._supervisor.spawn(spec, spec.command, lines.append)
-        code = await child.wait()
+        end = asyncio.ensure_future(child.wait())
+        try:
+            if not (await asyncio.wait([end], timeout=_SLOW_CHECK))[0]:
+                self._console.say("still importing the application, or migrating its database")
+            code = await end
+        finally:
+            end.cancel()
         if code == 0:
             return
         refusals = [line.removeprefix(probe.MARK) for line in lines if line.startswith(probe.MARK)]

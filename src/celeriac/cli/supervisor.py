@@ -14,7 +14,7 @@ LONGEST_DELAY = 10.0
 LIVED_WELL = 10.0
 
 # The whole stop must fit into five seconds, the embedded Valkey's end included.
-ASK_AGAIN_AFTER = 2.5
+ASK_AGAIN_AFTER = 2.0
 KILL_AFTER = 4.2
 RESTART_PATIENCE = 4.0
 

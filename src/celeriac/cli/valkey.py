@@ -64,6 +64,8 @@ class KeptValkey:
 
     async def close(self) -> None:
         """Stop it and remove its socket. Its data stays."""
+        if (process := self.server.process) is not None:
+            process.terminate()  # from here: its thread may be waiting for a start
         await self._in_thread(lambda: self.server.stop(timeout=0.6))
         await self._in_thread(self.server.close)
         self._watchdog.remove(self._group)

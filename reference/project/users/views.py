@@ -1,0 +1,71 @@
+from fastapi import APIRouter, HTTPException, Request, status
+from fastapi.responses import HTMLResponse
+from sqlalchemy import select
+from sqlalchemy.exc import IntegrityError
+
+from celeriac.fastapi import ReaderDep
+from project import third_party
+from project.deps import AsyncSessionDep, SessionDep
+from project.pages import render
+from project.users.models import User
+from project.users.schemas import TaskAccepted, TaskState, UserIn, UserOut
+from project.users.tasks import process_notification, subscribe_to_list
+
+router = APIRouter(prefix="/users", tags=["users"])
+
+
+@router.post("/", status_code=status.HTTP_201_CREATED)
+def create_user(body: UserIn, session: SessionDep) -> UserOut:
+    user = User(**body.model_dump())
+    session.add(user)
+    try:
+        session.commit()
+    except IntegrityError:  # of two at the same moment, the database lets one in
+        raise HTTPException(
+            status.HTTP_409_CONFLICT, "a user with this name or address exists already"
+        ) from None
+    return UserOut.model_validate(user)
+
+
+@router.get("/")
+async def list_users(session: AsyncSessionDep) -> list[UserOut]:
+    users = await session.scalars(select(User).order_by(User.id).limit(100))
+    return [UserOut.model_validate(user) for user in users]
+
+
+@router.get("/form/", response_class=HTMLResponse, include_in_schema=False)
+def form_page(request: Request) -> HTMLResponse:
+    return render(request, "users/form.html")
+
+
+@router.get("/form_ws/", response_class=HTMLResponse, include_in_schema=False)
+def form_ws_page(request: Request) -> HTMLResponse:
+    return render(request, "users/form_ws.html")
+
+
+@router.post("/form/")
+def submit_form(body: UserIn) -> TaskAccepted:
+    return TaskAccepted(task_id=subscribe_to_list.delay(body.email).id)
+
+
+@router.get("/task_status/", response_model_exclude_none=True)
+async def task_status(task_id: str, reader: ReaderDep) -> TaskState:
+    found = await reader.snapshot(task_id)
+    return TaskState(state=found.state, error=found.error)
+
+
+@router.post("/webhook_test/")
+def webhook_test() -> str:
+    """The blocking way: the caller waits for the third party, and sees its failure."""
+    try:
+        third_party.subscribe("webhook@example.com")
+    except third_party.TemporaryError as error:
+        raise HTTPException(status.HTTP_502_BAD_GATEWAY, str(error)) from error
+    return "pong"
+
+
+@router.post("/webhook_test_async/")
+def webhook_test_async() -> str:
+    """The same as a task: the answer is there at once, the call is made and made again."""
+    process_notification.delay()
+    return "pong"

@@ -1,0 +1,52 @@
+"""The web side, put together."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from asgi_correlation_id import CorrelationIdMiddleware
+from celery import Celery
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.staticfiles import StaticFiles
+
+from celeriac import use_app
+from celeriac.fastapi import SameOriginMiddleware, attach, status_router
+from project import logs, pages
+from project.config import Config
+from project.database import get_database
+from project.users.views import router as users_router
+
+
+def build(config: Config, celery: Celery) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        with use_app(celery):
+            await get_database().adispose()
+
+    app = FastAPI(title="Celeriac reference system", lifespan=lifespan)
+    app.state.config = config
+    attach(app, celery)
+    app.add_middleware(SameOriginMiddleware)
+    app.add_middleware(CorrelationIdMiddleware)
+    app.add_exception_handler(RequestValidationError, _unprocessable)
+    app.include_router(status_router(celery))
+    app.include_router(pages.router)
+    app.include_router(users_router)
+    app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), name="static")
+
+    @app.get("/health-check")
+    def health_check() -> dict[str, str]:
+        return {"status": "ok"}
+
+    logs.set_up_web(config)
+    return app
+
+
+async def _unprocessable(request: Request, error: Exception) -> JSONResponse:
+    """422 without the input: it may be secret, and not everything in it can be sent back."""
+    assert isinstance(error, RequestValidationError)
+    detail = [{key: item[key] for key in ("loc", "msg", "type")} for item in error.errors()]
+    return JSONResponse({"detail": detail}, 422)

@@ -45,7 +45,6 @@ _RELIABLE: dict[str, Any] = {
     "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0, "interval_max": 0.2},
     "redis_socket_timeout": _SERVER_TIMEOUT,
     "redis_socket_connect_timeout": _SERVER_TIMEOUT,
-    "redis_socket_keepalive": True,
     # Flower shows what was sent, and `AsyncResult` a result's name and arguments.
     "task_send_sent_event": True,
     "result_extended": True,
@@ -83,9 +82,12 @@ def create_celery(settings: Settings, *, name: str = "celeriac", **options: Any)
         check_option(option, option)
     config = _RELIABLE | options | settings.celery_config()
     config["broker_transport_options"] = _transport_options(config)
+    if not config["result_backend"].startswith("redis+socket:"):  # a unix socket takes no such
+        config.setdefault("redis_socket_keepalive", True)
     if config.get("task_queues"):
         config["task_queues"] = [_queue(queue) for queue in config["task_queues"]]
-    app = Celery(name, backend=config["result_backend"], set_as_current=False)
+    app = Celery(name, set_as_current=False)
+    app.backend_cls = config["result_backend"]  # which CELERY_RESULT_BACKEND does not beat
     app.conf.update(_without_environment(config))
     adopt(app, status_store=settings.ws_message_queue)
     _adopted[app] = settings

@@ -189,6 +189,8 @@ def _json_or_text(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
+        if text[0] in "[{":
+            raise
         return text
 
 

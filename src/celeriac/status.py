@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 TERMINAL = states.READY_STATES - {"REJECTED", "IGNORED"}
 _IDLE = 15.0  # seconds without a word after which the connection is tried with a PING
+_CONNECT = 2.0  # seconds for a new connection
 _BACKOFF = (0.05, 2.0)  # seconds: the first wait before a new connection, and the longest
 _BUFFER = 256  # states kept for a follower that does not read
 _POLL = 0.25  # seconds between reads where the result backend cannot publish
@@ -225,11 +226,12 @@ class Reader:
         delay, longest = _BACKOFF
         while True:
             try:
-                await connection.connect()  # type: ignore[no-untyped-call]
+                async with asyncio.timeout(_CONNECT):
+                    await connection.connect()  # type: ignore[no-untyped-call]
                 delay = _BACKOFF[0]
                 await self._talk(connection)
             except (RedisError, OSError, TimeoutError) as error:
-                logger.warning("the status store is away: %s; trying again in %g s", error, delay)
+                logger.warning("the status store is away: %r; trying again in %g s", error, delay)
             except Exception:
                 logger.exception("reading the status store failed; trying again in %g s", delay)
             finally:

@@ -20,18 +20,17 @@ _ASYNC_CONNECTIONS = {
 }
 
 
-def redis_url(celery_url: str) -> str:
+def redis_url(url: str) -> str:
     """A Redis address as Celery writes it, as redis-py writes it."""
-    parts = urlsplit(celery_url)
+    parts = urlsplit(url)
     query = dict(parse_qsl(parts.query))
     if parts.scheme == "redis+socket":
         database = query.pop("virtual_host", "0")
-        return urlunsplit(
-            ("unix", parts.netloc, parts.path, urlencode({"db": database, **query}), "")
-        )
+        return f"unix://{parts.netloc}{parts.path}?{urlencode({'db': database, **query})}"
     if "ssl_cert_reqs" in query:  # Celery takes the names of the ssl module, redis-py its own
         query["ssl_cert_reqs"] = query["ssl_cert_reqs"].removeprefix("CERT_").lower()
-    return urlunsplit((parts.scheme, parts.netloc, parts.path, urlencode(query), ""))
+        return urlunsplit(parts._replace(query=urlencode(query)))
+    return url
 
 
 def celery_url(redis_py_url: str) -> str:
@@ -59,7 +58,10 @@ def status_client(app: Celery) -> redis.Redis | None:
 
 
 def status_connection(app: Celery) -> AbstractConnection | None:
-    """A new connection to where `app`'s status is kept, not yet open; None if that is no Redis."""
+    """A new connection to where `app`'s status is kept, not yet open; None if that is no Redis.
+
+    It waits for ever: the caller sets the limits.
+    """
     options: dict[str, Any]
     if (url := _urls.get(app)) is not None:
         pool = redis.asyncio.ConnectionPool.from_url(redis_url(url))
@@ -71,7 +73,9 @@ def status_connection(app: Celery) -> AbstractConnection | None:
     else:
         return None
     # RESP3: replies and messages come over one connection, in the order in which they were made.
-    options |= {"protocol": 3, "decode_responses": False, "socket_connect_timeout": 2.0}
+    options |= {"protocol": 3, "decode_responses": False}
+    # redis-py keeps these with asyncio.wait_for, which loses a cancellation before Python 3.12.
+    options |= {"socket_timeout": None, "socket_connect_timeout": None}
     connection: AbstractConnection = kind(**options)
     return connection
 

@@ -309,7 +309,7 @@ def test_six_services_and_their_ports(compose: dict[str, Any]) -> None:
     services = compose["services"]
     assert {"redis", "db", "web", "celery_worker", "celery_beat", "flower"} <= services.keys()
     assert services["web"]["ports"] == ["8010:8010"]
-    assert services["flower"]["ports"] == ["5557:5555"]
+    assert services["flower"]["ports"] == ["127.0.0.1:5557:5555"]
 
 
 def test_one_image_built_once(compose: dict[str, Any]) -> None:
@@ -443,7 +443,7 @@ def enter(url: str | None, *command: str, wait: float = 5, timeout: float = 20) 
 
 def refused_at_once(done: Any, reason: str) -> None:
     assert done.returncode != 0
-    assert done.seconds < 5
+    assert done.seconds < 10
     assert reason in done.stderr
     assert "Traceback" not in done.stderr
     assert AVAILABLE not in done.stderr.splitlines()
@@ -619,7 +619,7 @@ def test_sigterm_ends_the_wait(tmp_path: Path) -> None:
         script.wait_for(WAITING)
         started = time.monotonic()
         assert script.stop() == 143
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 5
         eventually(lambda: not script.left_behind(), "its Python has ended", 2)
         assert "Traceback" not in script.stderr
 

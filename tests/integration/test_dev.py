@@ -1,5 +1,6 @@
 """`celeriac dev` with real processes, on throw-away projects."""
 
+import asyncio
 import json
 import os
 import re
@@ -12,11 +13,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from unittest.mock import create_autospec
 from urllib.error import URLError
 from urllib.request import Request, urlopen
 
 import psutil
 import pytest
+
+from celeriac.cli import supervisor
+from celeriac.cli.output import LONGEST_LINE, Console, Lines
+from celeriac.cli.project import extra_processes
+from celeriac.cli.watchdog import Watchdog
+from celeriac.errors import ConfigurationError
 
 MAIN = """
 import time
@@ -67,13 +75,20 @@ def result(id: str):
     return [found.state, found.result]
 """
 
-SETTINGS = ("REDIS_URL", "CELERY_BROKER_URL", "CELERY_RESULT_BACKEND", "DATABASE_URL", "NO_COLOR")
+UNSET = (
+    "REDIS_URL",
+    "CELERY_BROKER_URL",
+    "CELERY_RESULT_BACKEND",
+    "DATABASE_URL",
+    "NO_COLOR",
+    "PYTHONDONTWRITEBYTECODE",  # doubles the time of every start
+)
 COMMAND = (sys.executable, "-c", "from celeriac.cli import main; main()", "dev")
 BRIEF = ("--no-flower", "--no-beat")
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in SETTINGS} | more
+    return {name: value for name, value in os.environ.items() if name not in UNSET} | more
 
 
 def free_port() -> int:
@@ -187,6 +202,23 @@ class Dev:
 
 
 Start = Callable[..., Dev]
+
+
+STUBBORN = """
+import os, signal, time
+
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+os.fork()
+time.sleep(60)
+"""
+
+
+def add_stubborn_process(folder: Path) -> None:
+    """A process that hears no SIGTERM, with a child of the same kind."""
+    (folder / "stubborn.py").write_text(STUBBORN)
+    (folder / "pyproject.toml").write_text(
+        "[tool.celeriac.dev.processes.stubborn]\ncommand = 'python stubborn.py'\n"
+    )
 
 
 def write_project(folder: Path) -> Path:
@@ -319,6 +351,7 @@ def test_a_taken_port_is_named_and_nothing_is_started(tmp_path: Path) -> None:
 
 def test_a_stop_is_quick_and_the_running_task_is_run_again(start: Start, tmp_path: Path) -> None:
     done = tmp_path / "done"
+    add_stubborn_process(tmp_path)
     dev = start(*BRIEF, "--no-reload").up()
     dev.call("POST", f"/slow?path={done}&seconds=30")
     eventually(done.exists, 10, "the task runs")
@@ -330,6 +363,7 @@ def test_a_stop_is_quick_and_the_running_task_is_run_again(start: Start, tmp_pat
     assert alive(processes) == []
     assert not (tmp_path / ".data" / "env").exists()
 
+    (tmp_path / "pyproject.toml").unlink()
     start(*BRIEF, "--no-reload").up()
     eventually(lambda: done.read_text() == "started\nstarted\nfinished\n", 15, "the second run")
 
@@ -351,11 +385,12 @@ def test_a_second_ctrl_c_ends_everything_at_once(start: Start, tmp_path: Path) -
 
 def test_a_killed_runner_leaves_no_process_behind(start: Start, tmp_path: Path) -> None:
     done = tmp_path / "done"
+    add_stubborn_process(tmp_path)
     dev = start("--no-beat").up()
     dev.call("POST", f"/slow?path={done}&seconds=30")
     eventually(done.exists, 10, "the task runs")
     processes = dev.tree()
-    assert len(processes) >= 6  # runner, watchdog, valkey, web, flower, worker and its pool
+    assert len(processes) >= 9  # runner, watchdog, valkey, web, flower, worker, pool, two stubborn
     sockets = Path(re.findall(r"redis +(\S+)", dev.text)[0]).parent
     dev.process.kill()
     eventually(lambda: not alive(processes), 6, "all processes gone")
@@ -390,6 +425,8 @@ def test_code_is_reloaded_and_a_running_task_finishes(start: Start, tmp_path: Pa
     eventually(done.exists, 10, "the task runs")
     (tmp_path / "notes.txt").write_text("no code")
     (tmp_path / ".data" / "generated.py").write_text("no code of the project")
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / "library.py").write_text("nor this")
     (tmp_path / "main.py").write_text(MAIN.replace("VERSION = 1", "VERSION = 2"))
     dev.expect(r"celeriac \| main\.py changed: restarting web, worker$")
     dev.expect(r"worker1\.2@\S+ ready")
@@ -415,6 +452,28 @@ def test_code_that_does_not_start_is_tried_again_when_it_changes(
     dev.expect(r"celeriac \| web ended \(exit code 1\); starting it again in 0\.5 s")
     (tmp_path / "main.py").write_text(MAIN.replace("VERSION = 1", "VERSION = 3"))
     eventually(lambda: version(dev) == 3, 15, "the mended code answers")
+
+
+def test_a_change_ends_the_wait_for_the_next_try(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_DELAY", 60.0)
+    said: asyncio.Queue[str] = asyncio.Queue()
+    watchdog = create_autospec(Watchdog, instance=True)
+    console = create_autospec(Console, instance=True)
+    console.say.side_effect = said.put_nowait
+
+    async def scenario() -> None:
+        keeper = supervisor.Supervisor(console, watchdog)
+        spec = supervisor.Spec(name="web", command=("false",), env={}, reloads=True)
+        service = supervisor.Service(spec, keeper)
+        running = keeper.watch(service.run())
+        async with asyncio.timeout(10):
+            assert await said.get() == "web ended (exit code 1); starting it again in 60 s"
+            service.reload()
+            assert "ended" in await said.get()
+        running.cancel()
+        await keeper.stop(asyncio.Event())
+
+    asyncio.run(scenario())
 
 
 def test_an_unreachable_redis_is_named_without_its_password(tmp_path: Path) -> None:
@@ -489,9 +548,25 @@ def test_a_failed_migration_is_told_in_one_line(tmp_path: Path) -> None:
     ],
 )
 def test_a_wrong_process_table_is_named(tmp_path: Path, table: str, named: str) -> None:
-    write_project(tmp_path)
     (tmp_path / "pyproject.toml").write_text(table)
-    assert named in refusal(tmp_path)
+    with pytest.raises(ConfigurationError) as raised:
+        extra_processes(tmp_path, shift=0, taken=["web"])
+    assert named in str(raised.value)
+
+
+def test_a_misspelt_process_table_stops_the_start(tmp_path: Path) -> None:
+    table = "[tool.celeriac.dev.processes.stub]\ncomand = 'true'"
+    (write_project(tmp_path) / "pyproject.toml").write_text(table)
+    assert "tool.celeriac.dev.processes.stub.comand" in refusal(tmp_path)
+
+
+def test_lines_survive_whatever_a_child_writes() -> None:
+    seen: list[str] = []
+    lines = Lines(seen.append)
+    for data in (b"one\ntw", b"o\r\n\xff\n", b"x" * (LONGEST_LINE + 1), b"\nlast"):
+        lines.feed(data)
+    lines.finish()
+    assert seen == ["one", "two", "\ufffd", "x" * LONGEST_LINE, "x", "last"]
 
 
 def test_the_projects_own_processes_run_beside(start: Start, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import click
 
 from celeriac.cli.dev import dev
+from celeriac.cli.settings import settings
 
 
 @click.group()
@@ -12,3 +13,4 @@ def main() -> None:
 
 
 main.add_command(dev)
+main.add_command(settings)

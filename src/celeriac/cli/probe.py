@@ -74,14 +74,14 @@ def _check(web: str, celery: str) -> None:
 
 def _migrate() -> None:
     try:
-        from alembic import command
-        from alembic.config import Config
+        import alembic.command
+        import alembic.config
     except ImportError:
         raise _RefusedError(
             "here is an alembic.ini, but alembic is not installed: pip install 'celeriac[db]'"
         ) from None
     try:
-        command.upgrade(Config("alembic.ini"), "head")
+        alembic.command.upgrade(alembic.config.Config("alembic.ini"), "head")
     except (Exception, SystemExit) as error:  # the project's env.py and migrations are in there
         raise _RefusedError(f"alembic upgrade head failed: {_reason(error)}") from None
 

@@ -15,7 +15,7 @@ LIVED_WELL = 10.0
 
 # The whole stop must fit into five seconds, the embedded Valkey's end included.
 ASK_AGAIN_AFTER = 2.0
-KILL_AFTER = 4.2
+KILL_AFTER = 4.4
 RESTART_PATIENCE = 4.0
 
 

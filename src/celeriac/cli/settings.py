@@ -1,0 +1,39 @@
+"""`celeriac settings`: the effective value and the source of every setting."""
+
+import sys
+from pathlib import Path
+
+import click
+from celery import Celery
+from celery.utils.imports import symbol_by_name
+
+from celeriac.app import settings_of
+from celeriac.errors import ConfigurationError, exit_on_error
+from celeriac.settings import mask
+
+
+@click.command()
+@click.option("--celery", "path", default="main.celery", show_default=True, help="The Celery app.")
+def settings(path: str) -> None:
+    """Print every setting: its effective value, secrets masked, and where it comes from."""
+    sys.path.insert(0, str(Path.cwd()))
+    with exit_on_error():
+        try:
+            celery = symbol_by_name(path)
+        except (ImportError, AttributeError) as error:
+            raise ConfigurationError(f"no Celery app {path}: {error}; see --celery") from None
+        rows = _rows(celery)
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    for name, value, source in rows:
+        click.echo(f"{name:{widths[0]}}  {value:{min(widths[1], 60)}}  {source}")
+
+
+def _rows(celery: Celery) -> list[tuple[str, str, str]]:
+    """Those of the application, then Celery's options that celeriac set for it."""
+    rows = settings_of(celery).explain()
+    named = {name for name, _, _ in rows}
+    for option, value in sorted(celery.conf.table().items()):
+        name = f"CELERY_{option.upper()}"
+        if name not in named:
+            rows.append((name, mask(option, value), "celeriac"))
+    return rows

@@ -1,0 +1,519 @@
+"""The reference system's pages in Debian's Chromium, against real processes."""
+
+import json
+import os
+import re
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Self
+from urllib.error import URLError
+from urllib.request import Request, urlopen
+from uuid import uuid4
+
+import pytest
+from celery import Celery
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    ConsoleMessage,
+    Dialog,
+    Page,
+    Route,
+    WebSocket,
+    WebSocketRoute,
+    expect,
+    sync_playwright,
+)
+from playwright.sync_api import Request as BrowserRequest
+
+from celeriac.embedded import Valkey
+from support import (
+    REFERENCE,
+    Process,
+    clean_environment,
+    eventually,
+    free_port,
+    missing,
+    python,
+)
+
+CHROMIUM = Path("/usr/bin/chromium")
+QUIET = (
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+MARKUP = '<img src=x onerror="window.hacked = true">'
+FORMS = ("/users/form/", "/users/form_ws/")
+PAGES = ("/", *FORMS, "/task/no-such-task/")
+TASK_PATH = re.compile(r"/task/([0-9a-f-]{36})/")
+
+
+def answers(url: str) -> bool:
+    with suppress(URLError, ConnectionError), urlopen(f"{url}/openapi.json", timeout=5):
+        return True
+    return False
+
+
+@dataclass
+class System:
+    """Web, worker and mailing list on a Valkey and a database of their own, in `folder`."""
+
+    folder: Path
+    valkey: Valkey
+    web_port: int = field(default_factory=free_port)
+    list_port: int = field(default_factory=free_port)
+
+    def __post_init__(self) -> None:
+        self.url = f"http://127.0.0.1:{self.web_port}"
+        self.list_url = f"http://127.0.0.1:{self.list_port}"
+        self.environment = clean_environment(
+            CELERY_BROKER_URL=self.valkey.celery_url,
+            CELERY_RESULT_BACKEND=self.valkey.celery_url,
+            DATABASE_URL=f"sqlite:///{self.folder / 'db.sqlite3'}",
+            MAILING_LIST_URL=self.list_url,
+            CELERY_REDIS_SOCKET_KEEPALIVE="false",
+        )
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+
+            def start(*command: str) -> Process:
+                return stack.enter_context(self.run(*command))
+
+            self.start_web()
+            stack.callback(self.stop_web)
+            mailing_list = start("uvicorn", "mailing_list:app", f"--port={self.list_port}")
+            worker = start(
+                *("celery", "-A", "main.celery", "worker", "--loglevel=info", "--concurrency=2")
+            )
+            worker.wait_for(r"ready\.")
+            for process, url in ((self.web, self.url), (mailing_list, self.list_url)):
+                process.wait_for("Application startup complete")
+                eventually(partial(answers, url), what=f"{url} answers")
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def run(self, *command: str) -> Process:
+        return python("-m", *command, cwd=REFERENCE, env=self.environment)
+
+    def start_web(self) -> None:
+        self.web = self.run("uvicorn", "main:app", f"--port={self.web_port}")
+
+    def stop_web(self) -> None:
+        self.web.stop()
+
+    def kill_web(self) -> None:
+        self.web.signal(signal.SIGKILL)
+        self.web.wait()
+        self.web.stop()
+
+    def behave(self, **behaviour: float) -> None:
+        """Tell the mailing list how to answer; what is not named is as usual."""
+        body = json.dumps({"delay": 0.2} | behaviour).encode()
+        request = Request(f"{self.list_url}/behaviour", body, method="PUT")
+        request.add_header("Content-Type", "application/json")
+        with urlopen(request, timeout=5):
+            pass
+
+
+@pytest.fixture(scope="module")
+def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
+    folder = tmp_path_factory.mktemp("pages")
+    with Valkey(folder / "valkey") as valkey, System(folder, valkey) as system:
+        yield system
+
+
+@pytest.fixture(scope="module")
+def client(system: System) -> Iterator[Celery]:
+    """To send tasks and revoke them from outside, as an operator does."""
+    with Celery("client", broker=system.valkey.celery_url, set_as_current=False) as app:
+        yield app
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_loop() -> None:
+    """Instead of the check for all tests: Playwright's own loop lasts as long as the browser."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if not CHROMIUM.exists():
+        missing(str(CHROMIUM))
+    with sync_playwright() as playwright:
+        arguments = [*QUIET, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def context(browser: Browser, system: System) -> Iterator[BrowserContext]:
+    context = browser.new_context(base_url=system.url)
+    context.set_default_timeout(15_000)
+    yield context
+    context.close()
+
+
+@contextmanager
+def watched(page: Page) -> Iterator[list[str]]:
+    """Collect what goes wrong inside `page`; none of it may, except for a network that is away."""
+    faults: list[str] = []
+
+    def heard(message: ConsoleMessage) -> None:
+        # Chromium asks for an icon of its own accord.
+        if message.type in ("error", "warning") and "favicon" not in message.location["url"]:
+            faults.append(message.text)
+
+    def asked(dialog: Dialog) -> None:
+        faults.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
+
+    page.on("console", heard)
+    page.on("pageerror", lambda error: faults.append(str(error)))
+    page.on("dialog", asked)
+    yield faults
+    network = ("Failed to load resource", "WebSocket connection to")
+    assert [fault for fault in faults if not fault.startswith(network)] == []
+
+
+@pytest.fixture
+def page(context: BrowserContext, system: System) -> Iterator[Page]:
+    system.behave()
+    page = context.new_page()
+    with watched(page):
+        yield page
+
+
+def address() -> str:
+    return f"{uuid4().hex}@example.com"
+
+
+def submit(page: Page, path: str, email: str | None = None) -> str:
+    """Open a form and send it; the task's id."""
+    page.goto(path)
+    page.get_by_label("Email").fill(email or address())
+    page.get_by_label("Username").fill("someone")
+    page.get_by_role("button", name="Subscribe").click()
+    expect(page.locator("#task-link")).to_have_attribute("href", TASK_PATH)
+    found = TASK_PATH.fullmatch(page.locator("#task-link").get_attribute("href") or "")
+    assert found
+    return found[1]
+
+
+def expect_end(page: Page, state: str, message: str | re.Pattern[str]) -> None:
+    expect(page.locator("#state")).to_have_attribute("data-state", state, timeout=15_000)
+    expect(page.locator("#state")).to_be_visible()
+    expect(page.locator("#message")).to_have_text(message)
+
+
+def expect_no_markup(page: Page) -> None:
+    expect(page.locator("img")).to_have_count(0)
+    assert page.evaluate("window.hacked") is None
+
+
+def history(page: Page) -> list[str]:
+    return page.locator("#history li span").all_text_contents()
+
+
+@pytest.mark.parametrize("path", FORMS)
+def test_a_form_reaches_success(page: Page, system: System, path: str) -> None:
+    system.behave(delay=0.6)
+    button = page.get_by_role("button", name="Subscribe")
+    task_id = submit(page, path)
+    expect(page.locator("#message")).to_have_text("Processing…")
+    expect(button).to_be_disabled()
+    expect_end(page, "SUCCESS", re.compile("^Done"))
+    expect(button).to_be_enabled()
+    page.get_by_role("link", name=task_id).click()
+    expect_end(page, "SUCCESS", re.compile(r"^Done: \w+@example\.com is on the list$"))
+
+
+@pytest.mark.parametrize("path", FORMS)
+def test_a_form_shows_why_its_task_failed_and_can_be_sent_again(
+    page: Page, system: System, path: str
+) -> None:
+    system.behave(fail_next=1)
+    submit(page, path)
+    expect_end(page, "FAILURE", "Failed: TemporaryError: the mailing list answered 503")
+    page.get_by_role("button", name="Subscribe").click()
+    expect_end(page, "SUCCESS", re.compile("^Done"))
+
+
+@pytest.mark.parametrize("path", FORMS)
+def test_a_form_ends_when_its_task_is_revoked(
+    page: Page, system: System, client: Celery, path: str
+) -> None:
+    system.behave(delay=30)
+    task_id = submit(page, path)
+    expect(page.locator("#state")).to_have_attribute("data-state", "STARTED")
+    client.control.revoke(task_id, terminate=True)
+    expect_end(page, "REVOKED", re.compile("^Stopped: TaskRevokedError"))
+    expect(page.get_by_role("button", name="Subscribe")).to_be_enabled()
+
+
+def test_the_websocket_form_posts_once_and_never_polls(page: Page, system: System) -> None:
+    system.behave(delay=0.6)
+    requests: list[BrowserRequest] = []
+    sockets: list[WebSocket] = []
+    page.on("request", lambda request: requests.append(request))
+    page.on("websocket", lambda socket: sockets.append(socket))
+    task_id = submit(page, "/users/form_ws/")
+    [socket] = sockets
+    if not socket.is_closed():
+        socket.wait_for_event("close")
+    expect_end(page, "SUCCESS", re.compile("^Done: .* is on the list$"))
+    assert [request.url for request in requests if request.method == "POST"] == [
+        f"{system.url}/users/form/"
+    ]
+    assert not [request for request in requests if "task_status" in request.url]
+    assert [socket.url for socket in sockets] == [
+        f"{system.url.replace('http', 'ws')}/ws/task_status/{task_id}"
+    ]
+    assert history(page)[-2:] == ["STARTED", "SUCCESS"]
+    expect(page.locator("#history time")).to_have_count(len(history(page)))
+
+
+def test_a_task_page_follows_any_task_and_shows_its_result(page: Page, client: Celery) -> None:
+    page.goto("/")
+    task_id = str(uuid4())
+    page.get_by_label("Task id").fill(f" {task_id} ")
+    page.get_by_role("button", name="Show the task").click()
+    expect(page.locator("#state")).to_have_attribute("data-state", "PENDING")
+    client.send_task("project.users.tasks.divide", (1, 2), task_id=task_id, queue="default")
+    expect_end(page, "SUCCESS", "Done")
+    expect(page.locator("#result")).to_have_text("0.5")
+
+
+def test_markup_in_an_error_or_a_result_is_shown_as_text(
+    page: Page, system: System, client: Celery
+) -> None:
+    failed = client.send_task("project.users.tasks.divide", (), {MARKUP: 1}, queue="default")
+    page.goto(f"/task/{failed.id}/")
+    expect_end(page, "FAILURE", re.compile(re.escape(MARKUP)))
+    expect_no_markup(page)
+    done = client.send_task("project.users.tasks.subscribe_to_list", (MARKUP,), queue="default")
+    page.goto(f"/task/{done.id}/")
+    expect_end(page, "SUCCESS", f"Done: {MARKUP} is on the list")
+    expect_no_markup(page)
+    page.route(
+        "**/users/task_status/*", lambda route: route.fulfill(json={"detail": MARKUP}, status=404)
+    )
+    submit(page, "/users/form/")
+    expect(page.locator("#message")).to_have_text(f"{MARKUP}.")
+    expect_no_markup(page)
+
+
+def test_markup_in_the_address_of_a_task_page_is_text(page: Page) -> None:
+    page.goto('/task/"><img src=x onerror="window.hacked = true">/')
+    expect(page.locator("#state")).to_have_attribute("data-state", "PENDING")
+    expect(page.locator("#task-id")).to_have_text(f'">{MARKUP}')
+    expect_no_markup(page)
+
+
+def test_polling_outlives_a_server_that_is_away(page: Page, system: System) -> None:
+    system.behave(delay=1)
+    statuses = "**/users/task_status/*"
+    page.route(statuses, lambda route: route.abort())
+    submit(page, "/users/form/")
+    expect(page.locator("#message")).to_have_text("Connection lost, trying again…")
+    expect(page.get_by_role("button", name="Subscribe")).to_be_disabled()
+    page.unroute(statuses)
+    page.route(statuses, answer_once(502, "<h1>Bad gateway</h1>"))
+    expect_end(page, "SUCCESS", "Done")
+
+
+def answer_once(status: int, body: str) -> Callable[[Route], None]:
+    """As a proxy does while the server behind it starts."""
+    answered: list[Route] = []
+
+    def handle(route: Route) -> None:
+        if answered:
+            route.continue_()
+        else:
+            answered.append(route)
+            route.fulfill(status=status, body=body)
+
+    return handle
+
+
+def test_polling_outlives_a_browser_without_network(
+    page: Page, context: BrowserContext, system: System
+) -> None:
+    system.behave(delay=0.5)
+    submit(page, "/users/form/")
+    context.set_offline(True)
+    expect(page.locator("#message")).to_have_text("Connection lost, trying again…")
+    context.set_offline(False)
+    expect_end(page, "SUCCESS", "Done")
+
+
+def test_a_killed_server_is_found_again_by_both_forms(
+    context: BrowserContext, page: Page, system: System
+) -> None:
+    other = context.new_page()
+    system.behave(delay=1)
+    submit(page, "/users/form/")
+    submit(other, "/users/form_ws/")
+    expect(other.locator("#state")).to_have_attribute("data-state", "STARTED")
+    system.kill_web()
+    try:
+        for each in (page, other):
+            expect(each.locator("#message")).to_have_text("Connection lost, trying again…")
+    finally:
+        system.start_web()
+    expect_end(other, "SUCCESS", re.compile("^Done"))
+    expect_end(page, "SUCCESS", "Done")
+    assert history(other)[-2:] == ["STARTED", "SUCCESS"]
+
+
+def test_a_websocket_closed_without_an_end_is_opened_again(page: Page, system: System) -> None:
+    sockets: list[WebSocketRoute] = []
+
+    def break_the_first(route: WebSocketRoute) -> None:
+        sockets.append(route)
+        if len(sockets) == 1:
+            route.close(code=1000)
+        else:
+            route.connect_to_server()
+
+    page.route_web_socket("**/ws/task_status/*", break_the_first)
+    submit(page, "/users/form_ws/")
+    expect_end(page, "SUCCESS", re.compile("^Done"))
+    assert len(sockets) == 2
+
+
+def test_a_refused_websocket_says_so_and_is_not_tried_again(page: Page) -> None:
+    page.route_web_socket(
+        "**/ws/task_status/*", lambda route: route.close(code=1008, reason="not yours")
+    )
+    submit(page, "/users/form_ws/")
+    expect(page.locator("#message")).to_have_text("not yours")
+    expect(page.get_by_role("button", name="Subscribe")).to_be_enabled()
+
+
+@pytest.mark.parametrize("path", FORMS)
+def test_wrong_input_is_explained_at_the_field(page: Page, path: str) -> None:
+    page.goto(path)
+    email, username = page.get_by_label("Email"), page.get_by_label("Username")
+    email.fill("someone@nowhere")
+    page.get_by_role("button", name="Subscribe").click()
+    expect(email).to_have_attribute("aria-invalid", "true")
+    expect(email).to_have_accessible_description(re.compile("not a valid email address"))
+    expect(email).to_be_focused()
+    expect(username).to_have_accessible_description(re.compile("at least 1 character"))
+    expect(page.locator("#message")).to_have_text("Not sent: see the marked fields.")
+    expect(page.locator("#state")).to_be_hidden()
+    email.fill(address())
+    username.fill("someone")
+    page.get_by_role("button", name="Subscribe").click()
+    expect_end(page, "SUCCESS", re.compile("^Done"))
+    expect(email).not_to_have_attribute("aria-invalid", "true")
+    expect(email).to_have_accessible_description("")
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "text"),
+    [
+        (503, '{"detail": "the task queue is away"}', "The task queue is away."),
+        (409, '{"detail": "exists already"}', "Exists already."),
+        (502, "<h1>Bad gateway</h1>", "The server answered with an error (502)."),
+        (0, "", "The server does not answer. Please try again."),
+    ],
+)
+def test_a_refused_form_says_why_and_comes_back(
+    page: Page, status: int, body: str, text: str
+) -> None:
+    def handle(route: Route) -> None:
+        if route.request.method != "POST":
+            route.continue_()
+        elif status:
+            route.fulfill(status=status, body=body)
+        else:
+            route.abort()
+
+    page.route("**/users/form/", handle)
+    page.goto("/users/form/")
+    page.get_by_role("button", name="Subscribe").click()
+    expect(page.locator("#message")).to_have_text(text)
+    expect(page.get_by_role("button", name="Subscribe")).to_be_enabled()
+    expect(page.locator("#task-link")).to_be_hidden()
+
+
+@pytest.mark.parametrize("path", FORMS)
+def test_a_form_is_sent_with_the_keyboard_alone(page: Page, path: str) -> None:
+    page.goto(path)
+    press = page.keyboard.press
+    press("Tab")
+    skip = page.get_by_role("link", name="Skip to the content")
+    expect(skip).to_be_focused()
+    expect(skip).to_be_in_viewport()
+    press("Enter")
+    press("Tab")
+    page.keyboard.type(address())
+    press("Tab")
+    page.keyboard.type("someone")
+    press("Tab")
+    button = page.get_by_role("button", name="Subscribe")
+    expect(button).to_be_focused()
+    assert button.evaluate("it => getComputedStyle(it).outlineStyle") != "none"
+    press("Enter")
+    expect_end(page, "SUCCESS", re.compile("^Done"))
+    expect(button).to_be_focused()
+
+
+def test_no_page_is_wider_than_a_small_phone(page: Page, client: Celery) -> None:
+    page.set_viewport_size({"width": 320, "height": 640})
+    long = client.send_task("project.users.tasks.divide", (), {"x" * 300: 1}, queue="default")
+    for path in (*PAGES, f"/task/{long.id}/"):
+        page.goto(path)
+        if "task" in path:
+            expect(page.locator("#state")).not_to_have_attribute("data-state", "")
+        assert page.evaluate("document.documentElement.scrollWidth") <= 320, path
+    expect_end(page, "FAILURE", re.compile("x{300}"))
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_a_page_loads_without_a_complaint(page: Page, path: str) -> None:
+    with watched(page) as faults:
+        response = page.goto(path, wait_until="networkidle")
+        assert response is not None
+        assert "default-src 'self'" in response.headers["content-security-policy"]
+        expect(page.get_by_role("heading", level=1)).to_be_visible()
+        expect(page.get_by_role("button", disabled=True)).to_have_count(0)
+        assert faults == []
+
+
+def test_every_link_of_the_first_page_leads_somewhere(page: Page, system: System) -> None:
+    page.goto("/")
+    links = page.get_by_role("link").evaluate_all("all => all.map(it => it.href)")
+    paths = {link.removeprefix(system.url) for link in links if link.startswith(system.url)}
+    assert paths >= {"/", *FORMS, "/docs"}
+    for path in paths:
+        assert page.request.get(path).status == 200, path
+    flower = page.get_by_role("link", name="Flower")
+    expect(flower).to_have_attribute("href", "http://127.0.0.1:5557")
+    expect(flower).to_have_attribute("target", "_blank")
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_a_page_without_javascript_says_what_is_missing(
+    browser: Browser, system: System, path: str
+) -> None:
+    context = browser.new_context(base_url=system.url, java_script_enabled=False)
+    with closing(context):
+        page = context.new_page()
+        page.goto(path)
+        # Switched off this way, Chromium does not show <noscript>; its text is there.
+        expect(page.locator("noscript")).to_contain_text("JavaScript")
+        expect(page.get_by_role("button", disabled=False)).to_have_count(0)

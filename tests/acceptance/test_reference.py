@@ -1,0 +1,400 @@
+"""The contract of the reference system, row by row, against real processes."""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import httpx
+import pytest
+from support import REFERENCE, eventually, python
+from system import System
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+USER = {"email": "ada@example.com", "username": "ada"}
+UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}"
+
+
+def frames(system: System, task_id: str) -> list[dict[str, object]]:
+    with connect(f"{system.sockets}/ws/task_status/{task_id}", close_timeout=2) as socket:
+        return [json.loads(frame) for frame in socket]
+
+
+def submit(system: System) -> str:
+    answer = system.http.post("/users/form/", json=USER)
+    assert answer.status_code == 200
+    task_id: str = answer.json()["task_id"]
+    assert re.fullmatch(UUID, task_id)
+    return task_id
+
+
+def send(system: System, name: str, *args: object, options: str = "") -> str:
+    """Send a task as a shell does, and its id."""
+    code = (
+        "from main import celery\n"
+        f"print('id', celery.tasks[{name!r}].apply_async({args!r}, {options}).id)"
+    )
+    with system.shell("-c", code) as shell:
+        return shell.wait_for(rf"id ({UUID})").group(1)
+
+
+def states(system: System, task_id: str) -> list[object]:
+    return [frame["state"] for frame in frames(system, task_id)]
+
+
+def test_p10_a_client_gets_hello_world_and_a_browser_the_index(system: System) -> None:
+    assert system.http.get("/").json() == {"message": "Hello World"}
+    page = system.http.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert page.headers["content-type"].startswith("text/html")
+    assert system.http.get("/health-check").json() == {"status": "ok"}
+
+
+def test_p40_p41_a_form_is_a_task_that_can_be_polled_to_its_end(system: System) -> None:
+    task_id = submit(system)
+
+    def end() -> dict[str, str] | None:
+        found: dict[str, str] = system.http.get(
+            "/users/task_status/", params={"task_id": task_id}
+        ).json()
+        return found if found["state"] == "SUCCESS" else None
+
+    assert eventually(end) == {"state": "SUCCESS"}
+    calls = system.third_party.get("/calls").json()
+    assert [(call["email"], call["status"]) for call in calls] == [(USER["email"], 201)]
+
+
+def test_p41_a_failure_says_why_and_a_waiting_task_is_pending(system: System) -> None:
+    system.behave(fail_next=1)
+    task_id = submit(system)
+    assert frames(system, task_id)[-1]["state"] == "FAILURE"
+    answer = system.http.get("/users/task_status/", params={"task_id": task_id}).json()
+    assert answer["state"] == "FAILURE"
+    assert "the mailing list answered 503" in answer["error"]
+    waiting = send(system, "project.users.tasks.divide", 1, 2, options="countdown=3600")
+    answer = system.http.get("/users/task_status/", params={"task_id": waiting})
+    assert answer.json() == {"state": "PENDING"}
+
+
+def test_p44_p46_p47_the_socket_shows_the_present_then_every_change_to_the_end(
+    system: System,
+) -> None:
+    system.behave(delay=1)
+    task_id = submit(system)
+    with connect(f"{system.sockets}/ws/task_status/{task_id}") as one:
+        seen = [json.loads(one.recv(timeout=5))]
+        others = [connect(f"{system.sockets}/ws/task_status/{task_id}") for _ in range(20)]
+        seen += [json.loads(frame) for frame in one]
+        assert one.protocol.close_code == 1000
+    order = ["PENDING", "STARTED", "SUCCESS"]
+    assert [frame["state"] for frame in seen] == order[order.index(seen[0]["state"]) :]
+    assert all(frame["task_id"] == task_id for frame in seen)
+    for other in others:
+        assert [json.loads(frame) for frame in other][-1] == seen[-1]
+        other.close()
+    began = time.monotonic()
+    assert frames(system, task_id) == [seen[-1]]
+    assert time.monotonic() - began < 2  # measured 0.005 s; the machine of a test may be busy
+
+
+def test_p50_tasks_that_ignore_their_result_are_reported_too(system: System) -> None:
+    task_id = send(system, "project.users.tasks.count_users")
+    assert states(system, task_id)[-1] == "SUCCESS"
+
+
+def test_a_revoked_task_ends_as_revoked(system: System) -> None:
+    system.behave(delay=30)
+    task_id = submit(system)
+    with connect(f"{system.sockets}/ws/task_status/{task_id}") as socket:
+        while json.loads(socket.recv(timeout=10))["state"] != "STARTED":
+            pass
+        with system.celery("control", "revoke", task_id, "--terminate") as control:
+            assert control.wait() == 0
+        last = [json.loads(frame) for frame in socket][-1]
+    assert last["state"] == "REVOKED"
+    assert last["error"]
+
+
+def test_p01_p05_the_post_is_quick_while_tasks_are_slow_and_two_workers_share(
+    system: System,
+) -> None:
+    system.behave(delay=3)
+    with system.celery("worker", "--loglevel=info", "-n", "second@%h", "-c", "2") as second:
+        second.wait_for(r"second@\S+ ready\.")
+        submit(system)  # the first one opens the connections
+        took = []
+        ids = []
+        for _ in range(3):
+            began = time.perf_counter()
+            ids.append(submit(system))
+            took.append(time.perf_counter() - began)
+        assert min(took) < 0.1
+        assert system.http.get("/health-check").elapsed.total_seconds() < 0.5
+        # Four tasks of 3 s at the same time need both workers of two processes each.
+        second.wait_for(rf"Task project\.users\.tasks\.subscribe_to_list\[{UUID}\] received")
+        for task_id in ids:
+            assert states(system, task_id)[-1] == "SUCCESS"
+        second.stop()
+
+
+def test_p43_the_webhook_blocks_or_is_a_task_that_tries_again_after_5_s(system: System) -> None:
+    system.behave(delay=0.5)
+    blocking = system.http.post("/users/webhook_test/")
+    assert blocking.json() == "pong"
+    assert blocking.elapsed.total_seconds() >= 0.5
+    system.behave(fail_next=1)
+    assert system.http.post("/users/webhook_test/").status_code == 502
+    system.behave(fail_next=1)
+    quick = system.http.post("/users/webhook_test_async/")
+    assert quick.json() == "pong"
+    assert quick.elapsed.total_seconds() < 0.5
+    calls = eventually(
+        lambda: found if len(found := system.third_party.get("/calls").json()) == 2 else None
+    )
+    assert [call["status"] for call in calls] == [503, 201]
+    assert 4.9 < calls[1]["at"] - calls[0]["at"] < 9
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "project.users.tasks.subscribe_with_backoff",
+        "high_priority:subscribe_now",
+    ],
+)
+def test_e05_declared_retries_run_until_the_third_party_recovers(
+    system: System, name: str
+) -> None:
+    system.behave(fail_next=2)
+    task_id = send(system, name, "a@example.com")
+    seen = states(system, task_id)
+    assert seen[-1] == "SUCCESS"
+    assert [c["status"] for c in system.third_party.get("/calls").json()] == [503, 503, 201]
+
+
+def test_e05_a_decorated_task_waits_for_its_next_try_in_sight(system: System) -> None:
+    system.behave(fail_next=1)
+    task_id = send(system, "low_priority:subscribe_someday", "a@example.com")
+    with connect(f"{system.sockets}/ws/task_status/{task_id}") as socket:
+        while (frame := json.loads(socket.recv(timeout=10)))["state"] != "RETRY":
+            pass
+    assert "the mailing list answered 503" in frame["error"]
+    with system.celery("control", "revoke", task_id, "--terminate") as control:
+        assert control.wait() == 0
+
+
+def test_e05_a_programming_error_and_a_final_answer_are_never_tried_again(system: System) -> None:
+    system.behave(fail_next=1, status=404)
+    task_id = send(system, "project.users.tasks.subscribe_with_backoff", "a@example.com")
+    assert states(system, task_id)[-1] == "FAILURE"
+    assert len(system.third_party.get("/calls").json()) == 1
+    wrong = send(system, "high_priority:subscribe_now", "a@example.com", "too", "many")
+    last = frames(system, wrong)[-1]
+    assert last["state"] == "FAILURE"
+    assert str(last["error"]).startswith("TypeError")
+
+
+def test_p13_p15_p29_a_shell_sends_a_shared_task_and_reads_its_result(system: System) -> None:
+    code = (
+        "from project.users.tasks import divide\n"
+        "good, bad = divide.delay(1, 2), divide.delay(1, 0)\n"
+        "print('type', type(good), good.id)\n"
+        "print('result', good.get(timeout=10), good.state)\n"
+        "print('error', repr(bad.get(timeout=10, propagate=False)), bad.state)\n"
+    )
+    with system.shell("-c", code) as shell:
+        task_id = shell.wait_for(r"type <class 'celery\.result\.AsyncResult'> (\S+)").group(1)
+        shell.wait_for(r"result 0\.5 SUCCESS")
+        shell.wait_for(r"error ZeroDivisionError\('division by zero'\) FAILURE")
+        assert shell.wait() == 0
+    system.runner.wait_for(rf"Task project\.users\.tasks\.divide\[{task_id}\] received")
+    system.runner.wait_for(
+        rf"Task project\.users\.tasks\.divide\[{task_id}\] succeeded in [\d.]+s: 0\.5"
+    )
+
+
+def test_p29_p31_the_worker_lists_the_tasks_and_the_queues(system: System) -> None:
+    for name in ("project.users.tasks.divide", "high_priority:subscribe_now"):
+        system.runner.wait_for(rf"\. {re.escape(name)}$")
+    for queue in ("default", "high_priority", "low_priority"):
+        system.runner.wait_for(rf"\.> {queue} +exchange={queue}\(direct\) key={queue}")
+
+
+def test_p16_flower_lists_every_task_failed_ones_included(system: System) -> None:
+    good = submit(system)
+    bad = send(system, "project.users.tasks.divide", 1, 0)
+    frames(system, bad)
+    for task_id, state in ((good, "SUCCESS"), (bad, "FAILURE")):
+
+        def shown(task_id: str = task_id, state: str = state) -> bool:
+            answer = httpx.get(f"{system.flower}/api/tasks")
+            return bool(answer.json().get(task_id, {}).get("state") == state)
+
+        eventually(shown, what=f"{state} of {task_id} in Flower")
+    workers = httpx.get(f"{system.flower}/").text
+    assert "worker1@" in workers
+    name = re.search(r"worker1[\w.]*@[\w.-]+", workers)
+    assert name is not None
+    assert httpx.get(f"{system.flower}/worker/{name.group()}").status_code == 200
+
+
+def test_p23_celerys_own_commands_show_the_configuration(system: System) -> None:
+    with system.celery("report") as report:
+        assert report.wait() == 0
+        report.wait_for(r"task_acks_late: True")
+    with system.celery("inspect", "conf") as conf:
+        assert conf.wait() == 0
+        conf.wait_for(r"task_default_queue")
+
+
+def test_p22_p28_celeriac_settings_shows_values_sources_and_no_secret(system: System) -> None:
+    env = system.env | {
+        "CELERY_TASK_SOFT_TIME_LIMIT": "2",
+        "WS_MESSAGE_QUEUE": "redis://:s3cret@127.0.0.1/1",
+    }
+    with python("-m", "celeriac.cli", "settings", cwd=REFERENCE, env=env) as shown:
+        assert shown.wait() == 0
+        shown.wait_for(r"^CELERY_TASK_SOFT_TIME_LIMIT +2\.0 +environment$")
+        shown.wait_for(r"^WS_MESSAGE_QUEUE +redis://:\*+@127\.0\.0\.1/1 +environment$")
+        shown.wait_for(r"^FASTAPI_CONFIG +development +default of Config$")
+        shown.wait_for(r"^CELERY_TASK_ACKS_LATE +True +celeriac$")
+        assert "s3cret" not in shown.output
+
+
+def test_p28_a_soft_time_limit_from_the_environment_cuts_a_task(system: System) -> None:
+    system.behave(delay=5)
+    env = system.env | {"CELERY_TASK_SOFT_TIME_LIMIT": "1"}
+    worker = ("-m", "celery", "-A", "main.celery", "worker", "-Q", "high_priority")
+    with system.celery("control", "cancel_consumer", "high_priority") as control:
+        control.wait()
+    try:
+        with python(*worker, "-n", "limited@%h", cwd=REFERENCE, env=env) as limited:
+            limited.wait_for(r"limited@\S+ ready\.|Connected to", timeout=20)
+            task_id = send(system, "high_priority:subscribe_now", "a@example.com")
+            last = frames(system, task_id)[-1]
+            assert last["state"] == "FAILURE"
+            assert str(last["error"]).startswith("SoftTimeLimitExceeded")
+            limited.stop()
+    finally:
+        with system.celery("control", "add_consumer", "high_priority") as control:
+            control.wait()
+
+
+def test_e02_beat_runs_the_interval_and_knows_the_crontab(system: System) -> None:
+    system.runner.wait_for(r"Sending due task count-users", count=2)
+    system.runner.wait_for(r"project\.users\.tasks\.count_users\[.*succeeded", count=2)
+
+
+def test_e03_e04_a_prefix_names_the_queue(system: System) -> None:
+    code = (
+        "from main import celery\n"
+        "route = celery.amqp.router.route\n"
+        "for name in ('high_priority:subscribe_now', 'project.users.tasks.divide'):\n"
+        "    print('queue', route({}, name, task_type=celery.tasks[name])['queue'].name)\n"
+        "try:\n"
+        "    celery.send_task('nope:task')\n"
+        "except Exception as error:\n"
+        "    print('refused', error)\n"
+    )
+    with system.shell("-c", code) as shell:
+        shell.wait_for(r"queue high_priority\nqueue default\n")
+        shell.wait_for(r"refused .*'nope' is no queue; there are default, high_priority")
+    with system.celery("worker", "-Q", "nope") as worker:
+        assert worker.wait() != 0
+        assert worker.output.strip().splitlines()[-1] == (
+            "error: 'nope' is no queue; task_queues has default, high_priority, low_priority"
+        )
+        assert "Traceback" not in worker.output
+
+
+def test_e07_a_tasks_log_lines_carry_its_id_and_the_requests_id(system: System) -> None:
+    request_id = "11111111-2222-4333-8444-555555555555"
+    answer = system.http.post("/users/form/", json=USER, headers={"X-Request-ID": request_id})
+    assert answer.headers["x-request-id"] == request_id
+    task_id = answer.json()["task_id"]
+    system.runner.wait_for(rf"\[task {task_id} request {request_id}\] .*succeeded in")
+
+
+@pytest.fixture
+def name() -> Iterator[str]:
+    yield f"user{datetime.now(UTC).timestamp()}"
+
+
+def test_p27_users_are_unique_and_bad_ones_are_refused(system: System, name: str) -> None:
+    user = {"username": name, "email": f"{name}@example.com"}
+    created = system.http.post("/users/", json=user)
+    assert created.status_code == 201
+    assert created.json() == user | {"id": created.json()["id"]}
+    assert created.json() in system.http.get("/users/").json()
+    again = system.http.post("/users/", json=user)
+    assert again.status_code == 409
+    assert "exists already" in again.json()["detail"]
+    other = system.http.post("/users/", json=user | {"username": f"{name}x"})
+    assert other.status_code == 409
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"{not json", "JSON decode error"),
+        (b'{"username": "a", "email": "no address"}', "valid email address"),
+        (b'{"username": "a"}', "Field required"),
+        (b'{"username": "", "email": "a@example.com"}', "at least 1 character"),
+        (b'{"username": "%s", "email": "a@example.com"}' % (b"a" * 129), "at most 128"),
+        (b'{"username": "a", "email": "a@%s.com"}' % (b"b" * 130), ""),
+        (b'{"username": "a\\u0000b", "email": "a@example.com"}', "pattern"),
+        (b'{"username": "\\ud800", "email": "a@example.com"}', ""),
+        (b'{"username": NaN, "email": "a@example.com"}', "valid string"),
+        (b'{"username": "\xff\xfe", "email": "a@example.com"}', ""),
+        (b"[" * 100_000, ""),
+        (b"", "Field required"),
+    ],
+)
+@pytest.mark.parametrize("path", ["/users/", "/users/form/"])
+def test_bad_bodies_are_4xx_with_a_reason_and_write_nothing(
+    system: System, path: str, body: bytes, says: str
+) -> None:
+    before = system.http.get("/users/").json()
+    answer = system.http.post(path, content=body, headers={"Content-Type": "application/json"})
+    assert 400 <= answer.status_code < 500
+    assert says in json.dumps(answer.json()["detail"])
+    assert system.http.get("/users/").json() == before
+    assert system.third_party.get("/calls").json() == []
+
+
+def test_requests_of_other_sites_are_refused(system: System) -> None:
+    for headers, status in (
+        ({}, 200),
+        ({"Origin": system.base}, 200),
+        ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Sec-Fetch-Site": "cross-site"}, 403),
+    ):
+        answer = system.http.post("/users/form/", json=USER, headers=headers)
+        assert answer.status_code == status, headers
+    address = f"{system.sockets}/ws/task_status/a"
+    with connect(address, origin=system.base):  # type: ignore[arg-type]
+        pass
+    with pytest.raises(InvalidStatus, match="403"):
+        connect(address, origin="https://evil.example")  # type: ignore[arg-type]
+
+
+def test_p49_closed_sockets_leave_nothing_behind(system: System) -> None:
+    frames(system, submit(system))  # whatever opens once is open
+    process = system.web()
+    before = process.num_fds()
+    for n in range(200):
+        with connect(f"{system.sockets}/ws/task_status/gone-{n}") as socket:
+            socket.recv(timeout=5)
+    eventually(lambda: process.num_fds() <= before, what=f"{process.num_fds()} > {before}")
+
+
+def test_a_socket_ends_when_its_client_goes_away_without_a_word(system: System) -> None:
+    sockets = [connect(f"{system.sockets}/ws/task_status/silent") for _ in range(5)]
+    for socket in sockets:
+        socket.recv(timeout=5)
+        socket.socket.close()
+        with pytest.raises(ConnectionClosed):
+            socket.recv(timeout=5)
+    assert system.http.get("/health-check").json() == {"status": "ok"}

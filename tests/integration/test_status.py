@@ -1,0 +1,270 @@
+"""Following a task over a real Redis, the states written as a worker writes them."""
+
+import asyncio
+import gc
+import random
+import threading
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from celery import Celery, states
+from redis import Redis
+
+from celeriac import ServiceError, adopt
+from celeriac.embedded import Valkey
+from celeriac.status import Reader, Status
+from celeriac.store import redis_url
+from support import eventually, free_port
+
+
+@pytest.fixture
+def app(redis_server: str) -> Iterator[Celery]:
+    app = Celery("status", broker=redis_server, backend=redis_server, set_as_current=False)
+    yield adopt(app)
+    app.backend.client.close()
+    app.close()
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+pytestmark = pytest.mark.anyio
+
+
+async def collect(events: AsyncIterator[Status]) -> list[Status]:
+    return [event async for event in events]
+
+
+def connections(url: str) -> int:
+    with Redis.from_url(redis_url(url)) as client:
+        return len(client.client_list()) - 1
+
+
+async def test_the_present_state_comes_first_then_every_change_to_the_last(app: Celery) -> None:
+    async with Reader(app) as reader, reader.follow("a") as events:
+        assert (await anext(events)).as_json() == {"task_id": "a", "state": "PENDING"}
+        app.backend.store_result("a", {"pid": 1, "hostname": "h"}, states.STARTED)
+        app.backend.store_result("a", {"done": 1}, "PROGRESS")
+        app.backend.store_result("a", ValueError("again"), states.RETRY)
+        app.backend.store_result("a", [1, 2], states.SUCCESS)
+        assert [event.as_json() for event in await collect(events)] == [
+            {"task_id": "a", "state": "STARTED"},
+            {"task_id": "a", "state": "PROGRESS", "result": {"done": 1}},
+            {"task_id": "a", "state": "RETRY", "error": "ValueError: again"},
+            {"task_id": "a", "state": "SUCCESS", "result": [1, 2]},
+        ]
+
+
+async def test_whoever_comes_after_the_end_gets_the_end(app: Celery) -> None:
+    app.backend.store_result("a", ZeroDivisionError("division by zero"), states.FAILURE)
+    async with Reader(app) as reader, reader.follow("a") as events:
+        assert await collect(events) == [
+            Status("a", "FAILURE", error="ZeroDivisionError: division by zero")
+        ]
+        assert await reader.snapshot("a") == Status(
+            "a", "FAILURE", error="ZeroDivisionError: division by zero"
+        )
+
+
+async def test_a_thousand_tasks_that_end_while_a_client_subscribes_miss_no_end(
+    app: Celery,
+) -> None:
+    ids = [f"race-{n}" for n in range(1000)]
+
+    def work() -> None:
+        for task_id in ids:
+            app.backend.store_result(task_id, None, states.STARTED)
+            app.backend.store_result(task_id, task_id, states.SUCCESS)
+
+    async with Reader(app) as reader:
+
+        async def watch(task_id: str) -> list[str]:
+            await asyncio.sleep(random.random() * 0.9)
+            async with reader.follow(task_id) as events:
+                return [event.state for event in await collect(events)]
+
+        worker = threading.Thread(target=work)
+        watchers = [asyncio.create_task(watch(task_id)) for task_id in ids]
+        worker.start()
+        async with asyncio.timeout(30):
+            seen = await asyncio.gather(*watchers)
+        worker.join()
+    order = ["PENDING", "STARTED", "SUCCESS"]
+    for sequence in seen:  # from wherever it began, without a gap and without a repetition
+        assert sequence == order[order.index(sequence[0]) :]
+    # The race was one: clients came before, between and after.
+    assert {sequence[0] for sequence in seen} >= {"PENDING", "SUCCESS"}
+
+
+async def test_many_followers_of_many_tasks_share_one_connection(
+    app: Celery, redis_server: str
+) -> None:
+    app.backend.client.ping()
+    before = connections(redis_server)
+    async with Reader(app) as reader:
+
+        async def watch(task_id: str) -> list[Status]:
+            async with reader.follow(task_id) as events:
+                first = await anext(events)
+                arrived.release()
+                return [first, *await collect(events)]
+
+        arrived = asyncio.Semaphore(0)
+        watchers = [asyncio.create_task(watch(f"t{n % 50}")) for n in range(200)]
+        for _ in watchers:
+            await arrived.acquire()
+        assert connections(redis_server) == before + 1
+        for n in range(50):
+            app.backend.store_result(f"t{n}", n, states.SUCCESS)
+        for n, sequence in enumerate(await asyncio.gather(*watchers)):
+            assert [event.state for event in sequence] == ["PENDING", "SUCCESS"]
+            assert sequence[1].result == n % 50
+    assert connections(redis_server) == before
+
+
+async def test_nothing_is_left_when_followers_leave_early(app: Celery, redis_server: str) -> None:
+    before = connections(redis_server)
+    tasks = len(asyncio.all_tasks())
+    reader = Reader(app)
+    for _ in range(200):
+        async with reader.follow("a") as events:
+            await anext(events)
+    assert connections(redis_server) == before
+    assert len(asyncio.all_tasks()) == tasks
+    with Redis.from_url(redis_url(redis_server)) as client:
+        assert client.pubsub_numsub("celery-task-meta-a") == [(b"celery-task-meta-a", 0)]
+
+
+async def test_a_lost_connection_is_made_again_and_no_state_is_lost_or_repeated(
+    app: Celery, redis_server: str
+) -> None:
+    async with Reader(app) as reader, reader.follow("a") as events:
+        assert (await anext(events)).state == "PENDING"
+        with Redis.from_url(redis_url(redis_server)) as client:
+            client.client_kill_filter(_type="pubsub")
+        app.backend.store_result("a", None, states.STARTED)
+        assert (await anext(events)).state == "STARTED"
+        with Redis.from_url(redis_url(redis_server)) as client:
+            client.client_kill_filter(_type="pubsub")
+        app.backend.store_result("a", 1, states.SUCCESS)
+        assert [event.state for event in await collect(events)] == ["SUCCESS"]
+
+
+async def test_a_server_that_dies_and_returns_ends_no_follower(tmp_path: Path) -> None:
+    with Valkey(tmp_path) as server:
+        app = adopt(Celery("restart", backend=server.celery_url, set_as_current=False))
+        async with Reader(app) as reader, reader.follow("a") as events:
+            assert (await anext(events)).state == "PENDING"
+            await asyncio.to_thread(server.stop)
+            with pytest.raises(ServiceError, match=r"silent since 0\.1 s"):
+                await reader.snapshot("a", timeout=0.1)
+            await asyncio.to_thread(server.start)
+            app.backend.store_result("a", 1, states.SUCCESS)
+            async with asyncio.timeout(10):
+                assert [event.state for event in await collect(events)] == ["SUCCESS"]
+        app.backend.client.close()
+
+
+async def test_a_snapshot_of_an_absent_server_is_one_error_in_time() -> None:
+    url = f"redis://127.0.0.1:{free_port()}/0"
+    app = adopt(Celery("absent", backend=url, set_as_current=False))
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with pytest.raises(ServiceError):
+        await Reader(app).snapshot("a", timeout=0.3)
+    assert loop.time() - began < 2
+
+
+async def test_a_slow_follower_is_bounded_and_still_gets_the_end(app: Celery) -> None:
+    async with Reader(app) as reader, reader.follow("a") as slow, reader.follow("a") as fast:
+        assert (await anext(slow)).state == (await anext(fast)).state == "PENDING"
+        for n in range(1000):
+            app.backend.store_result("a", n, "PROGRESS")
+        app.backend.store_result("a", None, states.SUCCESS)
+        async with asyncio.timeout(10):
+            assert (await collect(fast))[-1].state == "SUCCESS"
+            late = await collect(slow)
+        assert len(late) <= 256
+        assert late[-1].state == "SUCCESS"
+
+
+async def test_a_status_store_of_its_own_carries_the_states(
+    redis_server: str, tmp_path: Path
+) -> None:
+    with Valkey(tmp_path) as other:
+        app = Celery("apart", backend=redis_server, set_as_current=False)
+        adopt(app, status_store=other.redis_url)
+        async with Reader(app) as reader, reader.follow("a") as events:
+            assert (await anext(events)).state == "PENDING"
+            app.backend.store_result("a", 1, "PROGRESS")
+            app.backend.store_result("a", 2, states.SUCCESS)
+            assert [event.state for event in await collect(events)] == ["PROGRESS", "SUCCESS"]
+            assert connections(other.celery_url) == 2  # the reader's and the writer's
+        app.backend._status.close()
+        app.backend.client.close()
+        assert app.AsyncResult("a").result == 2
+        app.backend.client.close()
+
+
+async def test_a_prefix_of_all_keys_is_honoured(redis_server: str) -> None:
+    app = Celery("prefixed", backend=redis_server, set_as_current=False)
+    app.conf.result_backend_transport_options = {"global_keyprefix": "mine:"}
+    adopt(app)
+    async with Reader(app) as reader, reader.follow("a") as events:
+        await anext(events)
+        app.backend.store_result("a", 1, states.SUCCESS)
+        assert [event.result for event in await collect(events)] == [1]
+    app.backend.client.close()
+
+
+async def test_a_backend_that_cannot_publish_is_polled() -> None:
+    app = adopt(Celery("memory", backend="cache+memory://", set_as_current=False))
+    async with Reader(app) as reader, reader.follow("poll") as events:
+        assert (await anext(events)).state == "PENDING"
+        app.backend.store_result("poll", KeyError("k"), states.FAILURE)
+        assert (await anext(events)).error == "KeyError: 'k'"
+        assert await collect(events) == []
+        assert (await reader.snapshot("poll")).state == "FAILURE"
+
+
+async def test_a_stored_state_that_cannot_be_read_ends_with_the_reason(
+    app: Celery, redis_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Redis.from_url(redis_url(redis_server)) as client:
+        client.set("celery-task-meta-a", b"{half a json")
+    async with Reader(app) as reader, reader.follow("a") as events:
+        (only,) = await collect(events)
+    assert only.state == "FAILURE"
+    assert only.error is not None
+    assert only.error.startswith("unreadable: ")
+
+
+async def test_sending_a_task_subscribes_to_nothing(app: Celery, redis_server: str) -> None:
+    kept = [app.send_task("nobody") for _ in range(20)]
+    with Redis.from_url(redis_url(redis_server)) as client:
+        assert client.pubsub_channels("celery-task-meta-*") == []
+    del kept
+    app.pool.force_close_all()
+    gc.collect()
+
+
+async def test_waiting_for_a_result_still_works(app: Celery) -> None:
+    result = app.AsyncResult("later")
+    waiting = asyncio.create_task(asyncio.to_thread(result.get, timeout=10))
+    await asyncio.to_thread(
+        eventually, lambda: app.backend.client.pubsub_numsub("celery-task-meta-later")[0][1]
+    )
+    app.backend.store_result("later", 5, states.SUCCESS)
+    assert await waiting == 5
+    app.backend.result_consumer.stop()
+
+
+def test_an_error_is_one_bounded_line() -> None:
+    meta = {"status": "FAILURE", "result": {"exc_type": "E", "exc_message": ["a\nb" * 500]}}
+    error = Status.from_meta("a", meta).error
+    assert error is not None
+    assert error.startswith("E: a ba b")
+    assert len(error) == 500

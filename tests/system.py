@@ -1,0 +1,71 @@
+"""The reference system, started as a newcomer does: `./run dev`."""
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+import httpx
+import psutil
+from support import REFERENCE, ROOT, Process, free_port, python
+
+
+class System:
+    """A running reference system and what talks to it."""
+
+    def __init__(self, data: Path, port: int, env: Mapping[str, str]) -> None:
+        self.base = f"http://127.0.0.1:{port}"
+        self.sockets = f"ws://127.0.0.1:{port}"
+        self.flower = f"http://127.0.0.1:{port - 8010 + 5557}"
+        self.mailing_list = f"http://127.0.0.1:{port + 1000}"
+        self._data, self._env = data, env
+        command = [str(ROOT / "run"), "dev", "--port", str(port), "--data", str(data)]
+        self.runner = Process([*command, "--no-reload"], env=env)
+        self.http = httpx.Client(base_url=self.base, timeout=10)
+        self.third_party = httpx.Client(base_url=self.mailing_list, timeout=10)
+
+    def wait_until_ready(self) -> None:
+        self.runner.wait_for(r"^celeriac +\| +web +http\S+ +ready", timeout=60)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What another shell needs to join in: the file that the runner writes for it."""
+        exported = dict(self._env)
+        for line in (self._data / "env").read_text().splitlines():
+            for word in shlex.split(line.removeprefix("export "), comments=True):
+                name, _, value = word.partition("=")
+                exported[name] = value
+        return exported
+
+    def shell(self, *arguments: str) -> Process:
+        """`python ARGUMENTS` in the project's folder, against this system."""
+        return python(*arguments, cwd=REFERENCE, env=self.env)
+
+    def celery(self, *arguments: str) -> Process:
+        return self.shell("-m", "celery", "-A", "main.celery", *arguments)
+
+    def behave(self, **behaviour: float) -> None:
+        """Make the third party behave so, and forget its calls."""
+        self.third_party.put("/behaviour", json={"delay": 0} | behaviour).raise_for_status()
+        self.third_party.delete("/calls").raise_for_status()
+
+    def web(self) -> psutil.Process:
+        """The process that serves the pages."""
+        for process in psutil.Process(self.runner.pid).children(recursive=True):
+            command = process.cmdline()
+            if "uvicorn" in command and "main:app" in command:
+                return process
+        raise AssertionError("no web process")
+
+    def close(self) -> None:
+        self.http.close()
+        self.third_party.close()
+        self.runner.stop()
+
+
+
+
+def free_base_port() -> int:
+    """A port such that those of the other processes, shifted with it, are possible."""
+    while not 9010 < (port := free_port()) < 60000:
+        pass
+    return port

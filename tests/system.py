@@ -2,10 +2,13 @@
 
 import shlex
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import httpx
 import psutil
+from celery import Celery
+
 from support import REFERENCE, ROOT, Process, free_port, python
 
 
@@ -36,6 +39,25 @@ class System:
                 exported[name] = value
         return exported
 
+    @cached_property
+    def producer(self) -> Celery:
+        """A plain Celery app of somebody else's that sends to this system."""
+        env = self.env
+        return Celery(
+            "producer",
+            broker=env["CELERY_BROKER_URL"],
+            backend=env["CELERY_RESULT_BACKEND"],
+            set_as_current=False,
+        )
+
+    def send(self, name: str, *args: object, **options: object) -> str:
+        """Send the task to the queue that its name says; its id."""
+        queue, colon, _ = name.partition(":")
+        queue = queue if colon else "default"
+        result = self.producer.send_task(name, args, queue=queue, ignore_result=None, **options)
+        task_id: str = result.id
+        return task_id
+
     def shell(self, *arguments: str) -> Process:
         """`python ARGUMENTS` in the project's folder, against this system."""
         return python(*arguments, cwd=REFERENCE, env=self.env)
@@ -59,9 +81,11 @@ class System:
     def close(self) -> None:
         self.http.close()
         self.third_party.close()
+        if "producer" in self.__dict__:
+            self.producer.pool.force_close_all()
+            self.producer.backend.result_consumer.stop()
+            self.producer.backend.client.close()
         self.runner.stop()
-
-
 
 
 def free_base_port() -> int:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
@@ -21,7 +21,17 @@ from celeriac.settings import Settings, check_option
 
 # Adopted apps that are alive, with the settings they were made from.
 _adopted: WeakKeyDictionary[Celery, Settings | None] = WeakKeyDictionary()
-_fallback: list[Callable[[], Celery]] = []
+
+
+@dataclass
+class _Fallback:
+    """What makes an app where one is needed and none was made; what it made is no rival."""
+
+    factory: Callable[[], Celery] | None = None
+    app: Celery | None = None
+
+
+_fallback = _Fallback()
 _chosen: ContextVar[Celery | None] = ContextVar("celeriac_app", default=None)
 
 _SERVER_TIMEOUT = 2.0  # seconds; Celery's own defaults wait 20 s, or for ever
@@ -142,17 +152,22 @@ def current_app() -> Celery:
     chosen = _chosen.get()
     if chosen is not None:
         return chosen
-    if len(_adopted) > 1:
+    if len(_rivals()) > 1:
         gc.collect()  # an app that nobody holds any more lives on in its cycles
-    match list(_adopted):
+    match _rivals():
         case [app]:
             return app
-        case [] if _fallback:
-            return _fallback[0]()
-        case []:
-            raise NoAppError
-        case apps:
+        case [_, *_] as apps:
             raise AmbiguousAppError([app.main or "?" for app in apps])
+    if _fallback.app is None:
+        if _fallback.factory is None:
+            raise NoAppError
+        _fallback.app = _fallback.factory()
+    return _fallback.app
+
+
+def _rivals() -> list[Celery]:
+    return [app for app in _adopted if app is not _fallback.app]
 
 
 def default_app(factory: Callable[[], Celery]) -> None:
@@ -161,7 +176,7 @@ def default_app(factory: Callable[[], Celery]) -> None:
     So `from project.tasks import divide; divide.delay(1, 2)` finds its broker without an entry
     point. Importing still creates nothing.
     """
-    _fallback[:] = [cache(factory)]
+    _fallback.factory, _fallback.app = factory, None
     if _state.default_app is None:
         _state.set_default_app(Proxy(current_app))
 

@@ -116,6 +116,7 @@ def status_router(celery: Celery, *, origins: Collection[str] = ()) -> APIRouter
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with reader_of(celery):  # kept open between sockets, closed with the application
             yield
+        _readers[asyncio.get_running_loop()].pop(celery, None)
 
     router = APIRouter(lifespan=lifespan)
 

@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 import pytest
 from kombu import Connection
+
 from support import clean_environment, empty_redis, fresh_postgres_database, given, wanted
 from system import System, free_base_port
 
@@ -48,5 +49,3 @@ def system(
 def _third_party_is_quick(request: pytest.FixtureRequest) -> None:
     if "system" in request.fixturenames:
         request.getfixturevalue("system").behave()
-
-

@@ -393,8 +393,12 @@ def test_a_killed_runner_leaves_no_process_behind(start: Start, tmp_path: Path) 
     assert len(processes) >= 9  # runner, watchdog, valkey, web, flower, worker, pool, two stubborn
     sockets = Path(re.findall(r"redis +(\S+)", dev.text)[0]).parent
     dev.process.kill()
-    eventually(lambda: not alive(processes), 6, "all processes gone")
-    assert not sockets.exists()
+    try:
+        eventually(lambda: not alive(processes), 6, "all processes gone")
+    finally:
+        for process in alive(processes):
+            process.kill()
+    eventually(lambda: not sockets.exists(), 2, "the socket's directory gone")
 
 
 def test_closed_output_ends_everything(tmp_path: Path) -> None:
@@ -420,12 +424,12 @@ def test_closed_output_ends_everything(tmp_path: Path) -> None:
 
 def test_code_is_reloaded_and_a_running_task_finishes(start: Start, tmp_path: Path) -> None:
     done = tmp_path / "done"
+    (tmp_path / ".venv").mkdir()
     dev = start(*BRIEF).up()
     dev.call("POST", f"/slow?path={done}&seconds=5")
     eventually(done.exists, 10, "the task runs")
     (tmp_path / "notes.txt").write_text("no code")
     (tmp_path / ".data" / "generated.py").write_text("no code of the project")
-    (tmp_path / ".venv").mkdir()
     (tmp_path / ".venv" / "library.py").write_text("nor this")
     (tmp_path / "main.py").write_text(MAIN.replace("VERSION = 1", "VERSION = 2"))
     dev.expect(r"celeriac \| main\.py changed: restarting web, worker$")
@@ -533,8 +537,8 @@ def test_a_failed_migration_is_told_in_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "named"),
     [
-        ("[tool.celeriac.dev.proceses.stub]\ncommand = 'true'", "tool.celeriac.dev.proceses"),
-        ("[tool.celeriac.dev.processes.stub]\ncomand = 'true'", "stub.comand"),
+        ("[tool.celeriac.dev.procs.stub]\ncommand = 'true'", "tool.celeriac.dev.procs"),
+        ("[tool.celeriac.dev.processes.stub]\ncmd = 'true'", "stub.cmd"),
         ("[tool.celeriac.dev.processes.stub]\nport = 1", "stub.command is missing"),
         ("[tool.celeriac.dev.processes.stub]\ncommand = 'true'\nport = '1'", "stub.port must be"),
         ("[tool.celeriac.dev.processes.stub]\ncommand = 'true {port}'", "stub.command uses {port}"),
@@ -555,9 +559,9 @@ def test_a_wrong_process_table_is_named(tmp_path: Path, table: str, named: str) 
 
 
 def test_a_misspelt_process_table_stops_the_start(tmp_path: Path) -> None:
-    table = "[tool.celeriac.dev.processes.stub]\ncomand = 'true'"
+    table = "[tool.celeriac.dev.processes.stub]\ncmd = 'true'"
     (write_project(tmp_path) / "pyproject.toml").write_text(table)
-    assert "tool.celeriac.dev.processes.stub.comand" in refusal(tmp_path)
+    assert "tool.celeriac.dev.processes.stub.cmd" in refusal(tmp_path)
 
 
 def test_lines_survive_whatever_a_child_writes() -> None:

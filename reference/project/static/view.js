@@ -7,11 +7,13 @@ const state = document.getElementById("state");
 const message = document.getElementById("message");
 const result = document.getElementById("result");
 const history = document.getElementById("history"); // not on every page
-let began = 0; // milliseconds, of the clock that never goes back
+let waiting = ""; // the text for a task that has not begun
+let first = null; // when the first state came: milliseconds of the clock that never goes back
 
-/** Forget the last task. */
-export function start(text) {
-  began = performance.now();
+/** Forget the last task. `text` is for now, `pending` for while no worker has begun. */
+export function start(text, pending = text) {
+  waiting = pending;
+  first = null;
   history?.replaceChildren();
   setState("");
   setResult(undefined);
@@ -41,7 +43,7 @@ function describe({ state, result, error }) {
   if (state === "FAILURE") return more("Failed", error);
   if (state === "REVOKED") return more("Stopped", error);
   if (state === "RETRY") return more("Failed, will be tried again", error);
-  return "Processing…";
+  return state === "PENDING" ? waiting : "Processing…";
 }
 
 function say(text, tone) {
@@ -67,8 +69,9 @@ function addToHistory(name) {
   const now = new Date();
   label.textContent = name;
   time.dateTime = now.toISOString();
-  const seconds = ((performance.now() - began) / 1000).toFixed(1);
-  time.textContent = `${now.toLocaleTimeString([], { hour12: false })} · ${seconds} s`;
+  time.textContent = now.toLocaleTimeString([], { hour12: false });
+  if (first === null) first = performance.now();
+  else time.textContent += ` +${((performance.now() - first) / 1000).toFixed(1)} s`;
   item.dataset.state = name;
   item.append(label, time);
   history.append(item);

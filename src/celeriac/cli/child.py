@@ -62,6 +62,7 @@ class Child(asyncio.SubprocessProtocol):
         self._lines.finish()
         if not self._silent.done():
             self._silent.set_result(None)
+        self._close_after_end()
 
     def process_exited(self) -> None:
         assert self._transport is not None
@@ -69,6 +70,11 @@ class Child(asyncio.SubprocessProtocol):
         self.kill()
         if not self._ended.done():
             self._ended.set_result(self._transport.get_returncode() or 0)
+        self._close_after_end()
+
+    def _close_after_end(self) -> None:
+        if self._transport is not None and self._ended.done() and self._silent.done():
+            self._transport.close()
 
     @property
     def running(self) -> bool:
@@ -79,6 +85,8 @@ class Child(asyncio.SubprocessProtocol):
         code = await asyncio.shield(self._ended)
         # Something that left the group may hold the pipe open for ever.
         await asyncio.wait([self._silent], timeout=0.5)
+        if self._transport is not None:
+            self._transport.close()
         return code
 
     def signal(self, number: signal.Signals) -> None:

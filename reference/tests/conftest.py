@@ -1,0 +1,52 @@
+"""The application's own tests: no broker, no worker, no network."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from alembic.config import Config as AlembicConfig
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+
+from alembic import command
+from project import create_app
+from project.config import TestingConfig
+
+REFERENCE = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FastAPI]:
+    """The application in its `testing` configuration, on a database of its own."""
+    for name in os.environ:
+        if name.startswith("CELERY_") or name == "WS_MESSAGE_QUEUE":
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("FASTAPI_CONFIG", "testing")
+    monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'app.sqlite3'}")
+    command.upgrade(AlembicConfig(REFERENCE / "alembic.ini"), "head")
+    yield create_app(TestingConfig())
+
+
+@pytest.fixture
+def client(app: FastAPI) -> Iterator[TestClient]:
+    with TestClient(app) as client:
+        yield client
+
+
+@pytest.fixture
+def mailing_list(monkeypatch: pytest.MonkeyPatch) -> list[httpx.Request]:
+    """The requests that reach the third party; it says yes to all of them."""
+    received: list[httpx.Request] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        received.append(request)
+        return httpx.Response(201)
+
+    def post(url: str, **options: object) -> httpx.Response:
+        with httpx.Client(transport=httpx.MockTransport(answer)) as client:
+            return client.post(url, json=options["json"])
+
+    monkeypatch.setattr("project.third_party.httpx.post", post)
+    return received

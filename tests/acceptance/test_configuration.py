@@ -1,0 +1,250 @@
+"""How the reference system is configured, and what it says when that is wrong."""
+
+import json
+import os
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import httpx
+import pytest
+from websockets.sync.client import connect
+
+from celeriac.embedded import Valkey
+from support import (
+    REFERENCE,
+    clean_environment,
+    eventually,
+    free_port,
+    python,
+    run_python,
+)
+
+
+def run(code: str, **env: str) -> tuple[int, str, str]:
+    done = run_python("-c", code, cwd=REFERENCE, env=clean_environment(**env))
+    return done.returncode, done.stdout.strip(), done.stderr.strip()
+
+
+@pytest.mark.parametrize("entry", ["main", "worker"])
+def test_p22_an_unknown_configuration_ends_with_one_line_that_lists_the_three(entry: str) -> None:
+    code, _, error = run(f"import {entry}", FASTAPI_CONFIG="staging")
+    assert code == 1
+    assert error == (
+        "error: FASTAPI_CONFIG='staging': expected one of development, production, testing"
+    )
+
+
+def test_p28_a_misspelt_option_ends_every_command_with_one_line() -> None:
+    env = clean_environment(CELERY_TASK_SOFT_TIMELIMIT="2")
+    for command in (["-m", "uvicorn", "main:app"], ["-m", "celery", "-A", "worker.celery", "beat"]):
+        done = run_python(*command, cwd=REFERENCE, env=env)
+        assert done.returncode != 0
+        assert done.stderr.strip().splitlines()[-1] == (
+            "error: CELERY_TASK_SOFT_TIMELIMIT is not an option of Celery; "
+            "did you mean CELERY_TASK_SOFT_TIME_LIMIT?"
+        )
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("CELERY_BROKER_URL", "redis://production.example:6379/0"),
+        ("DATABASE_URL", "postgresql://app:secret@production.example/app"),
+        ("WS_MESSAGE_QUEUE", "redis://production.example:6379/0"),
+    ],
+)
+def test_the_testing_configuration_refuses_what_is_not_on_this_machine(
+    name: str, value: str
+) -> None:
+    code, _, error = run("import main", FASTAPI_CONFIG="testing", **{name: value})
+    assert code == 1
+    assert error.startswith(f"error: {name}=")
+    assert "not on this machine" in error
+    assert "secret" not in error
+    assert len(error.splitlines()) == 1
+
+
+def test_p22_the_three_configurations_differ() -> None:
+    show = (
+        "from main import app, celery\n"
+        "print(celery.conf.task_always_eager, app.state.config.log_format,"
+        " celery.conf.broker_url)"
+    )
+    assert run(show)[1] == "False text redis://127.0.0.1:6379/0"
+    assert run(show, FASTAPI_CONFIG="production")[1] == "False json redis://127.0.0.1:6379/0"
+    assert run(show, FASTAPI_CONFIG="testing")[1] == "True text memory://"
+
+
+def test_p20_the_factory_can_be_called_many_times_and_the_worker_loads_no_web_side() -> None:
+    code = (
+        "from project import create_app\n"
+        "apps = [create_app() for _ in range(3)]\n"
+        "assert len({id(app.celery_app) for app in apps}) == 3\n"
+        "assert all(app.celery is app.celery_app for app in apps)\n"
+        "print('made', *sorted({task for app in apps for task in app.celery.tasks"
+        " if 'divide' in task}))\n"
+    )
+    assert run(code)[1] == "made project.users.tasks.divide"
+    loaded = "import sys, worker; print([m for m in ('fastapi', 'jinja2') if m in sys.modules])"
+    assert run(loaded)[1] == "[]"
+
+
+def test_e04_an_unknown_prefix_is_refused_at_start() -> None:
+    code, _, error = run(
+        "from celery import shared_task\n"
+        "@shared_task(name='lowest:task')\n"
+        "def task(): ...\n"
+        "import worker"
+    )
+    assert code == 1
+    assert error == (
+        "error: task 'lowest:task': 'lowest' is no queue; "
+        "there are default, high_priority, low_priority"
+    )
+
+
+def test_e03_a_route_to_an_unlisted_queue_is_refused_at_start() -> None:
+    routes = '{"project.users.tasks.divide": {"queue": "nope"}}'
+    code, _, error = run("import worker", CELERY_TASK_ROUTES=routes)
+    assert code == 1
+    assert "project.users.tasks.divide" in error
+    assert "'nope'" in error
+
+
+def test_an_absent_broker_is_a_503_in_time_and_nothing_is_accepted(tmp_path: Path) -> None:
+    port, away = free_port(), f"redis://127.0.0.1:{free_port()}/0"
+    env = clean_environment(
+        CELERY_BROKER_URL=away,
+        CELERY_RESULT_BACKEND=away,
+        DATABASE_URL=f"sqlite:///{tmp_path / 'a.sqlite3'}",
+    )
+    command = ("-m", "uvicorn", "main:app", "--port", str(port))
+    with python(*command, cwd=REFERENCE, env=env) as web:
+        web.wait_for("Uvicorn running")
+        body = {"username": "a", "email": "a@example.com"}
+        base = f"http://127.0.0.1:{port}"
+        answer = httpx.post(f"{base}/users/form/", json=body, timeout=20)
+        assert answer.status_code == 503
+        assert answer.headers["retry-after"] == "5"
+        assert "task queue is away" in answer.json()["detail"]
+        assert answer.elapsed.total_seconds() < 5
+        status = httpx.get(f"{base}/users/task_status/", params={"task_id": "a"}, timeout=20)
+        assert status.status_code == 503
+        assert httpx.get(f"{base}/health-check").json() == {"status": "ok"}
+
+
+def test_p38_eager_tasks_show_the_same_states(valkey: Valkey, tmp_path: Path) -> None:
+    port, stub = free_port(), free_port()
+    env = clean_environment(
+        CELERY_TASK_ALWAYS_EAGER="true",
+        CELERY_BROKER_URL=f"redis://127.0.0.1:{free_port()}/0",  # there is none, none is needed
+        CELERY_RESULT_BACKEND=valkey.celery_url,
+        MAILING_LIST_URL=f"http://127.0.0.1:{stub}",
+    )
+    third_party = ("-m", "uvicorn", "mailing_list:app", "--port", str(stub))
+    command = ("-m", "uvicorn", "main:app", "--port", str(port))
+    with (
+        python(*third_party, cwd=REFERENCE, env=env) as other,
+        python(*command, cwd=REFERENCE, env=env) as web,
+    ):
+        other.wait_for("Uvicorn running")
+        web.wait_for("Uvicorn running")
+        base = f"http://127.0.0.1:{port}"
+        for fail_next, state in ((0, "SUCCESS"), (1, "FAILURE")):
+            behaviour = {"delay": 0, "fail_next": fail_next}
+            httpx.put(f"http://127.0.0.1:{stub}/behaviour", json=behaviour).raise_for_status()
+            body = {"username": "a", "email": "a@example.com"}
+            answer = httpx.post(f"{base}/users/form/", json=body)
+            assert answer.status_code == 200
+            task_id = answer.json()["task_id"]
+            status = httpx.get(f"{base}/users/task_status/", params={"task_id": task_id})
+            assert status.json()["state"] == state
+            with connect(f"ws://127.0.0.1:{port}/ws/task_status/{task_id}") as socket:
+                assert [state in frame for frame in socket] == [True]
+
+
+def test_p48_two_web_processes_and_a_status_store_of_its_own(
+    valkey: Valkey, tmp_path: Path
+) -> None:
+    with Valkey(tmp_path / "status") as status:
+        ports = [free_port(), free_port()]
+        env = clean_environment(
+            CELERY_BROKER_URL=valkey.celery_url,
+            CELERY_RESULT_BACKEND=valkey.celery_url,
+            WS_MESSAGE_QUEUE=status.redis_url,
+        )
+        worker = ("-m", "celery", "-A", "worker.celery", "worker", "-l", "info", "-c", "1")
+        web = ("-m", "uvicorn", "main:app", "--port")
+        with (
+            python(*worker, cwd=REFERENCE, env=env) as worked,
+            python(*web, str(ports[0]), cwd=REFERENCE, env=env) as one,
+            python(*web, str(ports[1]), cwd=REFERENCE, env=env) as two,
+        ):
+            one.wait_for("Uvicorn running")
+            two.wait_for("Uvicorn running")
+            worked.wait_for(r"ready\.")
+            # No third party: the task fails. Sent through one process, watched through the other.
+            body = {"username": "a", "email": "a@example.com"}
+            answer = httpx.post(f"http://127.0.0.1:{ports[0]}/users/form/", json=body)
+            task_id = answer.json()["task_id"]
+            for port in ports:
+                with connect(f"ws://127.0.0.1:{port}/ws/task_status/{task_id}") as socket:
+                    assert [json.loads(frame) for frame in socket][-1]["state"] == "FAILURE"
+
+
+def test_p49_the_web_process_ends_in_time_with_sockets_open(valkey: Valkey) -> None:
+    port = free_port()
+    env = clean_environment(
+        CELERY_BROKER_URL=valkey.celery_url, CELERY_RESULT_BACKEND=valkey.celery_url
+    )
+    command = ("-m", "uvicorn", "main:app", "--port", str(port))
+    with python(*command, cwd=REFERENCE, env=env) as web, ExitStack() as stack:
+        web.wait_for("Uvicorn running")
+        for n in range(50):
+            socket = stack.enter_context(connect(f"ws://127.0.0.1:{port}/ws/task_status/open-{n}"))
+            socket.recv(timeout=5)
+        began = time.monotonic()
+        web.stop()
+        assert time.monotonic() - began < 5
+        web.wait_for("Finished server process")
+        assert "Traceback" not in web.output
+
+
+def test_log_lines_are_json_when_asked(valkey: Valkey) -> None:
+    env = clean_environment(
+        LOG_FORMAT="json",
+        CELERY_BROKER_URL=valkey.celery_url.replace("=0", "=3"),
+        CELERY_RESULT_BACKEND=valkey.celery_url.replace("=0", "=3"),
+    )
+    worker = ("-m", "celery", "-A", "worker.celery", "worker", "-l", "info", "-c", "1")
+    with python(*worker, cwd=REFERENCE, env=env) as worked:
+        worked.wait_for(r"ready\.")
+        code = "from project.users.tasks import divide; print(divide.delay(1, 2).id)"
+        task_id = run_python("-c", code, cwd=REFERENCE, env=env).stdout.strip()
+        worked.wait_for(r"succeeded in")
+        lines = [json.loads(line) for line in worked.output.splitlines() if line[:1] == "{"]
+    said = [line["message"] for line in lines if line["task_id"] == task_id]
+    assert any("received" in message for message in said)
+    assert any("dividing 1 by 2" in message for message in said)
+    assert any("succeeded" in message for message in said)
+
+
+def test_a_setting_from_the_env_file_reaches_the_application(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("CELERY_TASK_SOFT_TIME_LIMIT=2\nFASTAPI_CONFIG=production\n")
+    code = "from worker import celery; print(celery.conf.task_soft_time_limit)"
+    env = clean_environment(PYTHONPATH=os.fspath(REFERENCE))
+    done = run_python("-c", code, cwd=tmp_path, env=env)
+    assert done.stdout.strip() == "2.0"
+
+
+def test_a_bad_port_or_a_taken_one_is_not_silent() -> None:
+    port = free_port()
+    command = ("-m", "uvicorn", "main:app", "--port", str(port))
+    with python(*command, cwd=REFERENCE, env=clean_environment()) as one:
+        one.wait_for("Uvicorn running")
+        with python(*command, cwd=REFERENCE, env=clean_environment()) as two:
+            assert two.wait() != 0
+            two.wait_for("address already in use")
+        eventually(lambda: one.running)

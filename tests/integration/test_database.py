@@ -1,0 +1,146 @@
+"""Sessions from one URL, on every database; migrations; forks."""
+
+import asyncio
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from sqlalchemy import make_url, text
+
+from celeriac import ConfigurationError
+from celeriac.database import Database
+from support import REFERENCE, clean_environment, given, run_python, wanted
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    database = Database(database_url)
+    with database.engine.begin() as connection:
+        connection.execute(text("CREATE TABLE t (x INTEGER)"))
+    yield database
+    database.dispose()
+
+
+def count(database: Database) -> int:
+    with database.session() as session:
+        found: int = session.execute(text("SELECT count(*) FROM t")).scalar_one()
+        return found
+
+
+def test_sync_and_async_sessions_see_each_others_commits(database: Database) -> None:
+    with database.session() as session:
+        session.execute(text("INSERT INTO t VALUES (1)"))
+        session.commit()
+
+    async def add() -> int:
+        async with database.async_session() as session:
+            await session.execute(text("INSERT INTO t VALUES (2)"))
+            await session.commit()
+            found: int = (await session.execute(text("SELECT count(*) FROM t"))).scalar_one()
+        await database.adispose()
+        return found
+
+    assert asyncio.run(add()) == 2
+    assert asyncio.run(add()) == 3  # another event loop has an engine of its own
+    assert count(database) == 3
+
+
+def test_a_session_that_was_not_committed_leaves_nothing(database: Database) -> None:
+    with database.session() as session:
+        session.execute(text("INSERT INTO t VALUES (1)"))
+    with pytest.raises(ZeroDivisionError), database.session() as session:
+        session.execute(text("INSERT INTO t VALUES (1)"))
+        raise ZeroDivisionError
+    assert count(database) == 0
+
+
+def test_a_forked_child_has_connections_of_its_own_and_leaves_the_parents_alone(
+    database: Database,
+) -> None:
+    with database.session() as session:
+        session.execute(text("INSERT INTO t VALUES (1)"))
+        child = os.fork()
+        if child == 0:  # the parent's transaction is open; the child must not see or end it
+            try:
+                os._exit(count(database))
+            except BaseException:
+                os._exit(99)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        session.commit()
+    assert count(database) == 1
+
+
+def test_an_unreadable_url_and_an_unknown_driver_are_one_clear_error() -> None:
+    with pytest.raises(ConfigurationError, match="DATABASE_URL is no URL"):
+        Database("not a url")
+    with pytest.raises(ConfigurationError, match="no driver for nosuch databases"):
+        _ = Database("nosuch://host/name").engine
+
+
+def alembic(url: str, *command: str) -> str:
+    done = run_python(
+        *("-m", "alembic", *command), cwd=REFERENCE, env=clean_environment(DATABASE_URL=url)
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_migrations_make_what_the_models_say_and_go_back(database_url: str) -> None:
+    alembic(database_url, "upgrade", "head")
+    assert "No new upgrade operations detected" in alembic(database_url, "check")
+    alembic(database_url, "downgrade", "base")
+    alembic(database_url, "upgrade", "head")
+
+
+def test_autogenerate_finds_the_models_of_every_feature(database_url: str, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(REFERENCE, copy, ignore=shutil.ignore_patterns("tests", "*.sqlite3*"))
+    for migration in (copy / "alembic" / "versions").glob("*.py"):
+        migration.unlink()
+    feature = copy / "project" / "orders"
+    feature.mkdir()
+    for name in ("__init__", "tasks"):
+        (feature / f"{name}.py").touch()
+    (feature / "models.py").write_text(
+        "from sqlalchemy.orm import Mapped, mapped_column\n"
+        "from project.database import Base\n"
+        "class Order(Base):\n"
+        "    __tablename__ = 'orders'\n"
+        "    id: Mapped[int] = mapped_column(primary_key=True)\n"
+    )
+    init = copy / "project" / "__init__.py"
+    init.write_text(init.read_text().replace('["users"]', '["users", "orders"]'))
+    done = run_python(
+        *("-m", "alembic", "revision", "--autogenerate", "-m", "all"),
+        cwd=copy,
+        env=clean_environment(DATABASE_URL=database_url),
+    )
+    assert done.returncode == 0, done.stderr
+    (made,) = (copy / "alembic" / "versions").glob("*.py")
+    assert '"users"' in made.read_text().replace("'", '"')
+    assert '"orders"' in made.read_text().replace("'", '"')
+
+
+@pytest.mark.parametrize("_", wanted("postgresql", "TEST_DATABASE_URL"))
+def test_a_password_with_an_escaped_at_sign_reaches_postgresql(_: str) -> None:
+    server = make_url(given("TEST_DATABASE_URL"))
+    address = server.set(drivername="postgresql").render_as_string(hide_password=False)
+    role = f"celeriac_{secrets.token_hex(4)}"
+    with psycopg.connect(address, autocommit=True) as admin:
+        admin.execute(f"CREATE ROLE {role} LOGIN PASSWORD 'p@ss%word'")
+        admin.execute(f"CREATE DATABASE {role} OWNER {role}")
+        try:
+            url = f"postgresql://{role}:p%40ss%25word@{server.host}:{server.port or 5432}/{role}"
+            alembic(url, "upgrade", "head")
+            database = Database(url)
+            assert database.url.password == "p@ss%word"
+            with database.session() as session:
+                assert session.execute(text("SELECT count(*) FROM users")).scalar_one() == 0
+            database.dispose()
+        finally:
+            admin.execute(f"DROP DATABASE {role} WITH (FORCE)")
+            admin.execute(f"DROP ROLE {role}")

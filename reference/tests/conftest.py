@@ -18,7 +18,7 @@ REFERENCE = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FastAPI]:
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     """The application in its `testing` configuration, on a database of its own."""
     for name in os.environ:
         if name.startswith("CELERY_") or name == "WS_MESSAGE_QUEUE":
@@ -26,7 +26,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FastAPI]:
     monkeypatch.setenv("FASTAPI_CONFIG", "testing")
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'app.sqlite3'}")
     command.upgrade(AlembicConfig(REFERENCE / "alembic.ini"), "head")
-    yield create_app(TestingConfig())
+    return create_app(TestingConfig())
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
-from kombu import Connection
+from kombu.connection import Connection
 
 from support import clean_environment, empty_redis, fresh_postgres_database, given, wanted
 from system import System, free_base_port
@@ -22,7 +22,8 @@ def _services(kind: str, stack: ExitStack) -> dict[str, str]:
     empty_redis(redis)
     if kind.startswith("rabbitmq"):
         broker = given("TEST_AMQP_URL")
-        with Connection(broker) as connection, connection.channel() as channel:
+        connect = Connection(broker)  # type: ignore[no-untyped-call]
+        with connect as connection, connection.channel() as channel:
             for queue in ("default", "high_priority", "low_priority"):
                 channel.queue_delete(queue)
     return {

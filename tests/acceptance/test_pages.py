@@ -1,17 +1,11 @@
 """The reference system's pages in Debian's Chromium, against real processes."""
 
-import json
 import os
 import re
-import signal
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import partial
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, Self
-from urllib.error import URLError
-from urllib.request import Request, urlopen
+from typing import Any
 from uuid import uuid4
 
 import pytest
@@ -30,16 +24,8 @@ from playwright.sync_api import (
 )
 from playwright.sync_api import Request as BrowserRequest
 
-from celeriac.embedded import Valkey
-from support import (
-    REFERENCE,
-    Process,
-    clean_environment,
-    eventually,
-    free_port,
-    missing,
-    python,
-)
+from support import missing
+from system import System
 
 CHROMIUM = Path("/usr/bin/chromium")
 QUIET = (
@@ -55,91 +41,10 @@ PAGES = ("/", *FORMS, "/task/no-such-task/")
 TASK_PATH = re.compile(r"/task/([0-9a-f-]{36})/")
 
 
-def answers(url: str) -> bool:
-    with suppress(URLError, ConnectionError), urlopen(f"{url}/openapi.json", timeout=5):
-        return True
-    return False
-
-
-@dataclass
-class System:
-    """Web, worker and mailing list on a Valkey and a database of their own, in `folder`."""
-
-    folder: Path
-    valkey: Valkey
-    web_port: int = field(default_factory=free_port)
-    list_port: int = field(default_factory=free_port)
-
-    def __post_init__(self) -> None:
-        self.url = f"http://127.0.0.1:{self.web_port}"
-        self.list_url = f"http://127.0.0.1:{self.list_port}"
-        self.environment = clean_environment(
-            CELERY_BROKER_URL=self.valkey.celery_url,
-            CELERY_RESULT_BACKEND=self.valkey.celery_url,
-            DATABASE_URL=f"sqlite:///{self.folder / 'db.sqlite3'}",
-            MAILING_LIST_URL=self.list_url,
-        )
-
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-
-            def start(*command: str) -> Process:
-                return stack.enter_context(self.run(*command))
-
-            self.start_web()
-            stack.callback(self.stop_web)
-            mailing_list = start("uvicorn", "mailing_list:app", f"--port={self.list_port}")
-            worker = start(
-                *("celery", "-A", "main.celery", "worker", "--loglevel=info", "--concurrency=2")
-            )
-            worker.wait_for(r"ready\.")
-            for process, url in ((self.web, self.url), (mailing_list, self.list_url)):
-                process.wait_for("Application startup complete")
-                eventually(partial(answers, url), what=f"{url} answers")
-            # All are told to go before the first is waited for.
-            for process in (mailing_list, worker):
-                stack.callback(process.signal, signal.SIGTERM)
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._stack.close()
-
-    def run(self, *command: str) -> Process:
-        return python("-m", *command, cwd=REFERENCE, env=self.environment)
-
-    def start_web(self) -> None:
-        self.web = self.run("uvicorn", "main:app", f"--port={self.web_port}")
-
-    def stop_web(self) -> None:
-        self.web.stop()
-
-    def kill_web(self) -> None:
-        self.web.signal(signal.SIGKILL)
-        self.web.wait()
-        self.web.stop()
-
-    def behave(self, **behaviour: float) -> None:
-        """Tell the mailing list how to answer; what is not named is as usual."""
-        body = json.dumps({"delay": 0.2} | behaviour).encode()
-        request = Request(f"{self.list_url}/behaviour", body, method="PUT")
-        request.add_header("Content-Type", "application/json")
-        with urlopen(request, timeout=5):
-            pass
-
-
-@pytest.fixture(scope="module")
-def system(tmp_path_factory: pytest.TempPathFactory) -> Iterator[System]:
-    folder = tmp_path_factory.mktemp("pages")
-    with Valkey(folder / "valkey") as valkey, System(folder, valkey) as system:
-        yield system
-
-
-@pytest.fixture(scope="module")
-def client(system: System) -> Iterator[Celery]:
+@pytest.fixture
+def client(system: System) -> Celery:
     """To send tasks and revoke them from outside, as an operator does."""
-    with Celery("client", broker=system.valkey.celery_url, set_as_current=False) as app:
-        yield app
+    return system.producer
 
 
 @pytest.fixture(autouse=True)
@@ -160,7 +65,7 @@ def browser() -> Iterator[Browser]:
 
 @pytest.fixture
 def context(browser: Browser, system: System) -> Iterator[BrowserContext]:
-    context = browser.new_context(base_url=system.url)
+    context = browser.new_context(base_url=system.base)
     context.set_default_timeout(15_000)
     yield context
     context.close()
@@ -172,8 +77,7 @@ def watched(page: Page) -> Iterator[list[str]]:
     faults: list[str] = []
 
     def heard(message: ConsoleMessage) -> None:
-        # Chromium asks for an icon of its own accord.
-        if message.type in ("error", "warning") and "favicon" not in message.location["url"]:
+        if message.type in ("error", "warning"):
             faults.append(message.text)
 
     def asked(dialog: Dialog) -> None:
@@ -189,8 +93,7 @@ def watched(page: Page) -> Iterator[list[str]]:
 
 
 @pytest.fixture
-def page(context: BrowserContext, system: System) -> Iterator[Page]:
-    system.behave()
+def page(context: BrowserContext) -> Iterator[Page]:
     page = context.new_page()
     with watched(page):
         yield page
@@ -282,11 +185,11 @@ def test_the_websocket_form_posts_once_and_never_polls(page: Page, system: Syste
         socket.wait_for_event("close")
     expect_end(page, "SUCCESS", re.compile("^Done: .* is on the list$"))
     assert [request.url for request in requests if request.method == "POST"] == [
-        f"{system.url}/users/form/"
+        f"{system.base}/users/form/"
     ]
     assert not [request for request in requests if "task_status" in request.url]
     assert [socket.url for socket in sockets] == [
-        f"{system.url.replace('http', 'ws')}/ws/task_status/{task_id}"
+        f"{system.base.replace('http', 'ws')}/ws/task_status/{task_id}"
     ]
     assert history(page)[-2:] == ["STARTED", "SUCCESS"]
     expect(page.locator("#history time")).to_have_count(len(history(page)))
@@ -374,12 +277,9 @@ def test_a_killed_server_is_found_again_by_both_forms(
     submit(page, "/users/form/")
     submit(other, "/users/form_ws/")
     expect(other.locator("#state")).to_have_attribute("data-state", "STARTED")
-    system.kill_web()
-    try:
-        for each in (page, other):
-            expect(each.locator("#message")).to_have_text("Connection lost, trying again…")
-    finally:
-        system.start_web()
+    system.web().kill()  # the runner starts it again
+    for each in (page, other):
+        expect(each.locator("#message")).to_have_text("Connection lost, trying again…")
     expect_end(other, "SUCCESS", re.compile("^Done"))
     expect_end(page, "SUCCESS", "Done")
     assert history(other)[-2:] == ["STARTED", "SUCCESS"]
@@ -507,17 +407,17 @@ def test_every_page_loads_without_a_complaint(page: Page) -> None:
 def test_every_link_of_the_first_page_leads_somewhere(page: Page, system: System) -> None:
     page.goto("/")
     links = page.get_by_role("link").evaluate_all("all => all.map(it => it.href)")
-    paths = {link.removeprefix(system.url) for link in links if link.startswith(system.url)}
+    paths = {link.removeprefix(system.base) for link in links if link.startswith(system.base)}
     assert paths >= {"/", *FORMS, "/docs"}
     for path in paths:
         assert page.request.get(path).status == 200, path
     flower = page.get_by_role("link", name="Flower")
-    expect(flower).to_have_attribute("href", "http://127.0.0.1:5557")
+    expect(flower).to_have_attribute("href", system.flower)
     expect(flower).to_have_attribute("target", "_blank")
 
 
 def test_every_page_says_that_it_needs_javascript(browser: Browser, system: System) -> None:
-    context = browser.new_context(base_url=system.url, java_script_enabled=False)
+    context = browser.new_context(base_url=system.base, java_script_enabled=False)
     with closing(context):
         page = context.new_page()
         for path in PAGES:

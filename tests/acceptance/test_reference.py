@@ -3,7 +3,6 @@
 import json
 import re
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from socket import SHUT_RDWR
@@ -12,6 +11,7 @@ import httpx
 import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from support import REFERENCE, eventually, python
 from system import System
@@ -311,8 +311,8 @@ def test_e07_a_tasks_log_lines_carry_its_id_and_the_requests_id(system: System) 
 
 
 @pytest.fixture
-def name() -> Iterator[str]:
-    yield f"user{datetime.now(UTC).timestamp()}"
+def name() -> str:
+    return f"user{datetime.now(UTC).timestamp()}"
 
 
 def test_p27_users_are_unique_and_bad_ones_are_refused(system: System, name: str) -> None:
@@ -368,10 +368,10 @@ def test_requests_of_other_sites_are_refused(system: System) -> None:
         answer = system.http.post("/users/form/", json=USER, headers=headers)
         assert answer.status_code == status, headers
     address = f"{system.sockets}/ws/task_status/a"
-    with connect(address, origin=system.base):  # type: ignore[arg-type]
+    with connect(address, origin=Origin(system.base)):
         pass
     with pytest.raises(InvalidStatus, match="403"):
-        connect(address, origin="https://evil.example")  # type: ignore[arg-type]
+        connect(address, origin=Origin("https://evil.example"))
 
 
 def test_p49_closed_sockets_leave_nothing_behind(system: System) -> None:

@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psycopg
@@ -52,7 +53,7 @@ def test_sync_and_async_sessions_see_each_others_commits(database: Database) -> 
 def test_a_session_that_was_not_committed_leaves_nothing(database: Database) -> None:
     with database.session() as session:
         session.execute(text("INSERT INTO t VALUES (1)"))
-    with pytest.raises(ZeroDivisionError), database.session() as session:
+    with suppress(ZeroDivisionError), database.session() as session:
         session.execute(text("INSERT INTO t VALUES (1)"))
         raise ZeroDivisionError
     assert count(database) == 0

@@ -161,7 +161,7 @@ def test_each_queue_gets_only_its_own_messages() -> None:
 def test_tasks_of_an_adopted_app_are_plain_tasks() -> None:
     app = make("one")
 
-    @app.task(bind=True)  # type: ignore[untyped-decorator]
+    @app.task(bind=True)
     def double(self: Task, x: int) -> int:
         assert isinstance(self, Task)
         return x * 2

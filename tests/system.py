@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 
 import httpx
+import kombu.pools
 import psutil
 from celery import Celery
 
@@ -82,7 +83,7 @@ class System:
         self.http.close()
         self.third_party.close()
         if "producer" in self.__dict__:
-            self.producer.pool.force_close_all()
+            kombu.pools.reset()  # type: ignore[no-untyped-call]
             self.producer.backend.result_consumer.stop()
             self.producer.backend.client.close()
         self.runner.stop()

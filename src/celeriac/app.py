@@ -10,13 +10,20 @@ from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
+import celery
 from celery import Celery, _state
 from celery.local import Proxy
-from celery.signals import celeryd_init
+from celery.signals import celeryd_init, worker_process_shutdown, worker_shutdown
+from celery.utils.imports import symbol_by_name
 from kombu.entity import Exchange, Queue
 
-from celeriac import backend, store
-from celeriac.errors import AmbiguousAppError, ConfigurationError, NoAppError
+from celeriac import backend, bridge, store, task
+from celeriac.errors import (
+    AmbiguousAppError,
+    ConfigurationError,
+    LateAdoptionError,
+    NoAppError,
+)
 from celeriac.settings import Settings, check_option
 
 # Adopted apps that are alive, with the settings they were made from.
@@ -70,6 +77,7 @@ def adopt(app: Celery, *, status_store: str | None = None) -> Celery:
 
     `status_store` is the URL of another Redis than the result backend's, for those who watch.
     """
+    _support_async_bodies(app)
     _adopted.setdefault(app, None)
     if status_store is not None:
         store.keep_status_in(app, status_store)
@@ -80,6 +88,33 @@ def adopt(app: Celery, *, status_store: str | None = None) -> Celery:
     _state._set_current_app(None)
     _state.set_default_app(Proxy(current_app))
     return app
+
+
+def _support_async_bodies(app: Celery) -> None:
+    if app in _adopted:
+        return
+    if "Task" in app.__dict__:  # the base class of its tasks, made with the first of them
+        made = [name for name in app._tasks if not name.startswith("celery.")]
+        if made:
+            raise LateAdoptionError(made)
+        del app.__dict__["Task"]
+    base = symbol_by_name(app.task_cls)
+    if not issubclass(base, task.Task):
+        ours = task.Task
+        app.task_cls = ours if base is celery.Task else type("Task", (ours, base), {})
+    task.follow_bodies()
+    app.on_after_finalize.connect(_adopt_foreign_tasks)
+    worker_process_shutdown.connect(_close_loop)
+    worker_shutdown.connect(_close_loop)
+
+
+def _adopt_foreign_tasks(sender: Celery, **_: Any) -> None:
+    for each in sender._tasks.values():
+        task.run_async_body(each)
+
+
+def _close_loop(**_: Any) -> None:
+    bridge.close()
 
 
 def create_celery(settings: Settings, *, name: str = "celeriac", **options: Any) -> Celery:

@@ -11,7 +11,7 @@ from celery import Celery, Task, states
 from celery.app.task import get_actual_ignore_result
 from celery.signals import task_postrun, task_prerun
 
-from celeriac import store
+from celeriac import bridge, store
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +29,10 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
         pass
+
+    def _call_task_errbacks(self, request: Any, exc: BaseException, traceback: Any) -> None:
+        with bridge.running_direct_calls():
+            super()._call_task_errbacks(request, exc, traceback)
 
     @cached_property
     def _status(self) -> redis.Redis | None:

@@ -45,6 +45,33 @@ class ServiceError(CeleriacError):
     """A server that was named does not answer, or refuses us."""
 
 
+class LateAdoptionError(CeleriacError):
+    """`adopt` was called when tasks had been made already, from another base class."""
+
+    def __init__(self, names: list[str]) -> None:
+        super().__init__(
+            f"adopt came after these tasks were made: {', '.join(names)}; "
+            "call it right after Celery(…), before the app is used"
+        )
+
+
+class UnsupportedPoolError(CeleriacError):
+    """An `async def` task in a worker whose threads are gevent's or eventlet's."""
+
+    def __init__(self, library: str) -> None:
+        super().__init__(
+            f"async def tasks need an event loop, which {library} has replaced: "
+            "run the worker with --pool prefork, threads or solo"
+        )
+
+
+class BodyCancelledError(CeleriacError):
+    """The body of an `async def` task ended with asyncio.CancelledError."""
+
+    def __init__(self) -> None:
+        super().__init__("the task's body was cancelled from inside")
+
+
 @contextmanager
 def exit_on_error() -> Iterator[None]:
     """End the process with the error's one line instead of a traceback. For entry points."""

@@ -1,0 +1,70 @@
+"""The task base class: `async def` bodies, in every pool of Celery's."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import celery
+from celery import Celery, _state
+from pydantic import BaseModel
+
+from celeriac import bridge
+
+
+def is_async(task: celery.Task) -> bool:
+    """Whether the body of `task` is an `async def`, under whatever decorators."""
+    body = getattr(task, "_orig_run", task.run)
+    return inspect.iscoroutinefunction(inspect.unwrap(body))
+
+
+def run_async_body(task: celery.Task) -> None:
+    """Let Celery's tracer run the `async def` body of `task`, whose base class is not ours.
+
+    Others stay as they are. A direct call, `task(1, 2)`, still gives the awaitable.
+    """
+    # Celery's autoretry stands around the body: it has to see the outcome, not the coroutine.
+    attribute = "_orig_run" if hasattr(task, "_orig_run") else "run"
+    body = getattr(task, attribute)
+    if is_async(task) and not isinstance(body, _AsyncBody):
+        setattr(task, attribute, _AsyncBody(task, body))
+        task.request_stack.__ident_func__ = bridge.stack_key
+
+
+class _AsyncBody:
+    def __init__(self, task: celery.Task, body: Callable[..., Any]) -> None:
+        self._task, self._body = task, body
+        self.__wrapped__ = body
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        coroutine = self._body(*args, **kwargs)
+        request = self._task.request
+        # The tracer calls once for each request; what the body calls itself, it awaits.
+        direct = request.called_directly or request.__dict__.get("celeriac_running")
+        if direct and not bridge.runs_direct_calls():
+            return coroutine
+        request.celeriac_running = True
+        result = bridge.run(coroutine)
+        if isinstance(result, BaseModel) and self._task._dump_pydantic_arguments is not None:
+            return result.model_dump(mode="json")  # as Celery does for a synchronous body
+        return result
+
+
+class Task(celery.Task):  # type: ignore[misc]
+    """Celery's task, whose body may be an `async def`. `adopt` makes it an app's default base."""
+
+    abstract = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        if is_async(self):
+            self.run: Callable[..., Any] = _AsyncBody(self, self.run)
+
+    @classmethod
+    def on_bound(cls, app: Celery) -> None:
+        super().on_bound(app)
+        cls.request_stack.__ident_func__ = bridge.stack_key
+
+
+def follow_bodies() -> None:
+    """Make `current_task` right in async bodies and in the asyncio tasks that they start."""
+    _state._task_stack.__ident_func__ = bridge.stack_key

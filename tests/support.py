@@ -60,6 +60,15 @@ def free_port() -> int:
         return port
 
 
+def is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
 def eventually(condition: Callable[[], T | None], timeout: float = 15.0, what: str = "") -> T:
     """What `condition` returns once it is true; for states that no event announces."""
     deadline = time.monotonic() + timeout

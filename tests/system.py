@@ -10,7 +10,7 @@ import kombu.pools
 import psutil
 from celery import Celery
 
-from support import REFERENCE, ROOT, Process, free_port, python
+from support import REFERENCE, ROOT, Process, free_port, is_free, python
 
 
 class System:
@@ -90,7 +90,8 @@ class System:
 
 
 def free_base_port() -> int:
-    """A port such that those of the other processes, shifted with it, are possible."""
-    while not 9010 < (port := free_port()) < 60000:
-        pass
-    return port
+    """A port such that those of the other processes, shifted with it, are free too."""
+    while True:
+        port = free_port()
+        if 9010 < port < 60000 and is_free(port + 1000) and is_free(port - 8010 + 5557):
+            return port

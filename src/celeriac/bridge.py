@@ -192,7 +192,8 @@ class _Loop:
     def get(self) -> asyncio.AbstractEventLoop:
         with self._lock:
             if self._loop is None:
-                self._loop = asyncio.new_event_loop()
+                # In an empty context: the loop would keep the first caller's for ever.
+                self._loop = Context().run(asyncio.new_event_loop)
                 self._loop.set_task_factory(_task_factory)  # type: ignore[arg-type]
                 self._thread = threading.Thread(
                     target=self._loop.run_forever, name="celeriac-loop", daemon=True

@@ -180,12 +180,12 @@ def eager() -> Celery:
 
 
 def test_eager_and_direct_calls(eager: Celery) -> None:
-    @eager.task
+    @eager.task(shared=False)
     async def double(x: int) -> int:
         await asyncio.sleep(0)
         return 2 * x
 
-    @eager.task
+    @eager.task(shared=False)
     async def four_times(x: int) -> int:
         result: int = await double(await double(x))
         return result
@@ -198,7 +198,7 @@ def test_eager_and_direct_calls(eager: Celery) -> None:
 
 
 def test_an_eager_call_from_a_running_loop_works(eager: Celery) -> None:
-    @eager.task
+    @eager.task(shared=False)
     async def twice(x: int) -> int:
         await asyncio.sleep(0)
         return 2 * x
@@ -211,7 +211,7 @@ def test_an_eager_call_from_a_running_loop_works(eager: Celery) -> None:
 
 
 def test_retry_in_a_direct_call_raises_the_error_as_in_stock_celery(eager: Celery) -> None:
-    @eager.task(bind=True)
+    @eager.task(bind=True, shared=False)
     async def once(self: Task) -> None:
         raise self.retry(exc=KeyError("k"))
 
@@ -220,7 +220,7 @@ def test_retry_in_a_direct_call_raises_the_error_as_in_stock_celery(eager: Celer
 
 
 def test_a_task_that_calls_itself_awaits_itself(eager: Celery) -> None:
-    @eager.task(bind=True)
+    @eager.task(bind=True, shared=False)
     async def countdown(self: Callable[[int], object], n: int) -> int:
         if n == 0:
             return 0
@@ -233,7 +233,7 @@ def test_a_task_that_calls_itself_awaits_itself(eager: Celery) -> None:
 def test_adopting_after_tasks_were_made_names_them() -> None:
     app = Celery("late", broker="memory://")
 
-    @app.task
+    @app.task(shared=False)
     def early() -> None: ...
 
     app.finalize()
@@ -244,7 +244,7 @@ def test_adopting_after_tasks_were_made_names_them() -> None:
 def test_decorators_before_adoption_are_fine_while_nothing_was_made() -> None:
     app = Celery("soon", broker="memory://", backend="cache+memory://")
 
-    @app.task
+    @app.task(shared=False)
     async def in_time() -> int:
         return 1
 
@@ -259,7 +259,7 @@ def test_an_app_with_a_base_class_of_its_own_keeps_it() -> None:
 
     app = adopt(Celery("own", broker="memory://", task_cls=Mine, backend="cache+memory://"))
 
-    @app.task
+    @app.task(shared=False)
     async def marked() -> int:
         return 1
 

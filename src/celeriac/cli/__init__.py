@@ -1,16 +1,25 @@
-"""The command line. Each subcommand has a module of its own and imports the heavy parts late."""
+"""The command line. Each subcommand has a module of its own."""
+
+from importlib import import_module
 
 import click
 
-from celeriac.cli.dev import dev
-from celeriac.cli.settings import settings
+
+class _Commands(click.Group):
+    """Imports the module of the command that is called alone: some import all of Celery."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return ["dev", "settings"]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        command = getattr(import_module(f"celeriac.cli.{cmd_name}"), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
 
 
-@click.group()
+@click.group(cls=_Commands)
 @click.version_option(package_name="celeriac")
 def main() -> None:
     """Celery for FastAPI and Flask, as if they had been built together."""
-
-
-main.add_command(dev)
-main.add_command(settings)

@@ -37,16 +37,13 @@ def _find(target: str, option: str) -> Any:
     name, _, attribute = target.rpartition(":" if ":" in target else ".")
     try:
         module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (name + ".").startswith(error.name + "."):
-            raise _RefusedError(
-                f"{name} cannot be imported: {_reason(error)}{_where(error)}"
-            ) from None
-        raise _RefusedError(
-            f"there is no module {name} in this folder: change to the project's folder "
-            f"or name the module with {option}"
-        ) from None
     except (Exception, SystemExit) as error:  # the application's own code: anything may come
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is not None and f"{name}.".startswith(f"{missing}."):
+            raise _RefusedError(
+                f"there is no module {name} in this folder: change to the project's folder "
+                f"or name the module with {option}"
+            ) from None
         raise _RefusedError(f"{name} cannot be imported: {_reason(error)}{_where(error)}") from None
     try:
         return reduce(getattr, attribute.split("."), module)
@@ -57,18 +54,17 @@ def _find(target: str, option: str) -> Any:
 
 
 def _check(web: str, celery: str) -> None:
-    import celery as library
+    from celery import Celery
 
     found = _find(celery, "--celery")
-    if not isinstance(found, library.Celery):
+    if not isinstance(found, Celery):
         kind = type(found).__name__
         raise _RefusedError(f"{celery} is a {kind}, not a Celery app: name another with --celery")
     if web:
         found = _find(web, "--app (or leave it out with --no-web)")
-        if not callable(found) or isinstance(found, library.Celery):
-            kind = type(found).__name__
+        if not callable(found) or isinstance(found, Celery):
             raise _RefusedError(
-                f"{web} is a {kind}, not a web application: name another with --app"
+                f"{web} is a {type(found).__name__}, not a web application: name another with --app"
             )
 
 

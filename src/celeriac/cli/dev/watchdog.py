@@ -4,11 +4,13 @@ The file is both ends: `Watchdog` in the runner, `main` in a small process that 
 of a pipe. That process starts with nothing but the standard library, so keep the imports few.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,60 +18,46 @@ GRACE = 1.5
 KILL_AFTER = 3.0
 
 
-def _alive(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return False  # macOS says so of a group in which only the dead are left
-    return True
+def _tell(groups: Iterable[int], number: int, *, all_of_group: bool = False) -> bool:
+    """Signal the leaders, or everybody. Whether anybody was there."""
+    heard = False
+    for group in groups:
+        # macOS denies permission for a group in which only the dead are left.
+        with suppress(ProcessLookupError, PermissionError):
+            (os.killpg if all_of_group else os.kill)(group, number)
+            heard = True
+    return heard
 
 
 def _end(groups: dict[int, str]) -> None:
     """End the groups: their leaders are asked, whoever remains is killed."""
     started = time.monotonic()
-    asked = False
+    workers = [group for group, kind in groups.items() if kind == "worker"]
     # The leader only: a pool process that gets the signal itself fails its task for good.
     _tell(groups, signal.SIGTERM)
-    while any(map(_alive, groups)):
+    while _tell(groups, 0, all_of_group=True):
         waited = time.monotonic() - started
-        if waited > GRACE and not asked:
-            asked = True
-            _tell([group for group, kind in groups.items() if kind == "worker"], signal.SIGQUIT)
+        if waited > GRACE:
+            _tell(workers, signal.SIGQUIT)
+            workers = []
         if waited > KILL_AFTER:
-            for group in groups:
-                with suppress(ProcessLookupError, PermissionError):
-                    os.killpg(group, signal.SIGKILL)
-            if waited > KILL_AFTER + 1:
-                return  # what survives SIGKILL sits in the kernel
+            _tell(groups, signal.SIGKILL, all_of_group=True)
+        if waited > KILL_AFTER + 1:
+            return  # what survives SIGKILL sits in the kernel
         time.sleep(0.02)
 
 
-def _tell(leaders: "dict[int, str] | list[int]", number: signal.Signals) -> None:
-    for leader in leaders:
-        with suppress(ProcessLookupError, PermissionError):
-            os.kill(leader, number)
-
-
 def main() -> None:
-    """Read `+ GROUP KIND`, `- GROUP`, `directory PATH`, `done` until the pipe ends; then clean up.
+    """Read lines until the pipe ends, then clean up what the last one named.
 
-    KIND is `worker`, `server` (the embedded Valkey: ended last) or anything else.
+    A line is a JSON array: the groups with their kinds, and a directory to remove. A kind is
+    `worker`, `server` (the embedded Valkey: ended last) or anything else.
     """
-    groups: dict[int, str] = {}
+    named: dict[str, str] = {}
     directory = ""
     for line in sys.stdin:
-        verb, _, rest = line.rstrip("\n").partition(" ")
-        if verb == "+":
-            group, _, kind = rest.partition(" ")
-            groups[int(group)] = kind
-        elif verb == "-":
-            groups.pop(int(rest), None)
-        elif verb == "directory":
-            directory = rest
-        elif verb == "done":
-            return
+        named, directory = json.loads(line)
+    groups = {int(group): kind for group, kind in named.items()}
     _end({group: kind for group, kind in groups.items() if kind != "server"})
     _end({group: kind for group, kind in groups.items() if kind == "server"})
     if directory:
@@ -89,59 +77,51 @@ class Watchdog:
         self._lock = lock
         self._groups: dict[int, str] = {}
         self._directory = ""
-        self._process: subprocess.Popen[bytes] | None = None
         self._start()
 
     def _start(self) -> None:
+        read, self._pipe = os.pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", str(Path(__file__).resolve())],
-            stdin=subprocess.PIPE,
+            stdin=read,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
             pass_fds=[self._lock],
         )
-        known = [f"+ {group} {kind}" for group, kind in self._groups.items()]
-        self._write("\n".join([f"directory {self._directory}", *known]))
+        os.close(read)
+        self._tell()
 
-    def _write(self, text: str) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
+    def _tell(self) -> None:
         with suppress(BrokenPipeError):  # `revive` tells the next one
-            os.write(self._process.stdin.fileno(), f"{text}\n".encode())
+            os.write(self._pipe, json.dumps([self._groups, self._directory]).encode() + b"\n")
 
     def add(self, group: int, kind: str) -> None:
         self._groups[group] = kind
-        self._write(f"+ {group} {kind}")
+        self._tell()
 
     def remove(self, group: int) -> None:
         if self._groups.pop(group, None) is not None:
-            self._write(f"- {group}")
+            self._tell()
 
     def remember(self, directory: Path) -> None:
         """Name the directory to remove in the end."""
         self._directory = str(directory)
-        self._write(f"directory {directory}")
+        self._tell()
 
     def revive(self) -> bool:
         """Start the process again if it is gone. True if it was."""
-        assert self._process is not None
         if self._process.poll() is None:
             return False
-        self._close()
+        os.close(self._pipe)
         self._start()
         return True
 
     def dismiss(self) -> None:
         """End the process without a clean-up: the runner did it."""
-        assert self._process is not None
-        self._write("done")
-        self._close()
-
-    def _close(self) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._groups, self._directory = {}, ""
+        self._tell()
+        os.close(self._pipe)
         try:
             self._process.wait(1)
         except subprocess.TimeoutExpired:

@@ -3,6 +3,7 @@
 import os
 import queue
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 
@@ -21,20 +22,21 @@ class Lines:
 
     def feed(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
-        for line in lines:
-            self._emit(line)
         while len(self._rest) >= LONGEST_LINE:
-            self._emit(self._rest[:LONGEST_LINE])
+            lines.append(self._rest[:LONGEST_LINE])
             self._rest = self._rest[LONGEST_LINE:]
+        for line in lines:
+            self._on_line(line.decode(errors="replace").rstrip("\r"))
 
     def finish(self) -> None:
         """The stream is over: what has no end of line is a line too."""
         if self._rest:
-            self._emit(self._rest)
-            self._rest = b""
+            self.feed(b"\n")
 
-    def _emit(self, line: bytes) -> None:
-        self._on_line(line.decode(errors="replace").rstrip("\r"))
+
+def coloured() -> bool:
+    """Whether somebody looks at a terminal and wants colours there."""
+    return os.isatty(1) and not os.environ.get("NO_COLOR")
 
 
 class Console:
@@ -45,23 +47,20 @@ class Console:
     reads any more.
     """
 
-    def __init__(self, names: Sequence[str], on_closed: Callable[[], None]) -> None:
-        self.coloured = os.isatty(1) and not os.environ.get("NO_COLOR")
+    def __init__(self, names: Iterable[str], on_closed: Callable[[], object]) -> None:
+        self._coloured = coloured()
         self._width = max(map(len, [*names, _OWN_NAME]))
         self._on_closed = on_closed
         self._queue: queue.Queue[bytes | None] = queue.Queue(_QUEUED_LINES)
         self._dropped = 0
-        self._held: list[tuple[str, str]] | None = None
+        self._held: list[tuple[str, str]] | None = []
         self._thread = threading.Thread(target=self._run, name="console", daemon=True)
         self._thread.start()
 
-    def hold(self) -> None:
-        """Keep the children's lines back until `release`."""
-        self._held = []
-
     def release(self) -> None:
-        held, self._held = self._held or [], None
-        for name, text in held:
+        """Show the children's lines, which were kept back until now."""
+        held, self._held = self._held, None
+        for name, text in held or ():
             self.line(name, text)
 
     def line(self, name: str, text: str) -> None:
@@ -83,7 +82,7 @@ class Console:
 
     def table(self, rows: Iterable[Sequence[str]]) -> None:
         cells = [("name", "address", "state"), *rows]
-        widths = [max(len(row[column]) for row in cells) for column in range(3)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         for row in cells:
             padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
             self.say("  ".join(padded).rstrip())
@@ -98,25 +97,20 @@ class Console:
 
     def _prefix(self, name: str) -> str:
         padded = name.ljust(self._width)
-        if not self.coloured:
+        if not self._coloured:
             return f"{padded} | "
         # Not by order of appearance: a name keeps its colour whatever else is started.
         colour = 1 if name == _OWN_NAME else _COLOURS[zlib.crc32(name.encode()) % len(_COLOURS)]
         return f"\x1b[{colour}m{padded} |\x1b[0m "
 
     def _run(self) -> None:
-        while (chunk := self._queue.get()) is not None:
-            if not self._write(chunk):
-                self._on_closed()
-                return
-
-    def _write(self, chunk: bytes) -> bool:
         # Not sys.stdout: a thread stuck inside its lock would abort the interpreter's exit.
-        while chunk:
-            try:
-                chunk = chunk[os.write(1, chunk) :]
-            except BlockingIOError:
-                threading.Event().wait(0.02)  # somebody made our terminal non-blocking
-            except OSError:
-                return False
-        return True
+        while (chunk := self._queue.get()) is not None:
+            while chunk:
+                try:
+                    chunk = chunk[os.write(1, chunk) :]
+                except BlockingIOError:
+                    time.sleep(0.02)  # somebody made our terminal non-blocking
+                except OSError:
+                    self._on_closed()
+                    return

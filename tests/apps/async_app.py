@@ -160,7 +160,7 @@ async def foreign(x: int) -> int:
     return x
 
 
-class ClassBased(celery.Task):  # type: ignore[misc, name-defined]
+class ClassBased(celery.Task):  # type: ignore[misc,name-defined]
     name = "async_app.class_based"
 
     async def run(self, x: int) -> int:
@@ -190,7 +190,7 @@ def synchronous(x: int) -> int:
     return x
 
 
-@signals.task_success.connect  # type: ignore[untyped-decorator]
+@signals.task_success.connect
 def succeeded(sender: Task, result: object, **_: object) -> None:
     if sender.name == "async_app.foreign":
         note("success", result)

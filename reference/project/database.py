@@ -1,5 +1,6 @@
 """The database: `Base` for models, and one source of sessions for views and tasks."""
 
+import json
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from functools import cache
@@ -26,14 +27,14 @@ class Base(DeclarativeBase):
 
 
 @cache
-def _database(url: str, connect_args: tuple[tuple[str, object], ...]) -> Database:
-    return Database(url, connect_args=dict(connect_args))
+def _database(url: str, connect_args: str) -> Database:
+    return Database(url, connect_args=json.loads(connect_args))
 
 
 def get_database() -> Database:
     """The current app's database: one engine in each process, whoever asks."""
     config = get_config()
-    return _database(config.database_url, tuple(config.database_connect_dict.items()))
+    return _database(config.database_url, json.dumps(config.database_connect_dict))
 
 
 @contextmanager

@@ -22,6 +22,8 @@ _TEXT = (
     "[task %(task_id)s request %(correlation_id)s] %(name)s: %(message)s"
 )
 
+_ESCAPES = {code: repr(chr(code))[1:-1] for code in (*range(32), 127, 133, 0x2028, 0x2029)}
+
 
 class _ContextFilter(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
@@ -33,10 +35,17 @@ class _ContextFilter(logging.Filter):
         return True
 
 
+class _TextFormatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - logging's name
+        # What a task was sent cannot write a line of its own into the log.
+        record.message = record.message.translate(_ESCAPES)
+        return super().formatMessage(record)
+
+
 def _formatter(config: Config) -> logging.Formatter:
     if config.log_format == "json":
         return JsonFormatter(f"{_FIELDS} %(task_id)s %(correlation_id)s")
-    return logging.Formatter(_TEXT)
+    return _TextFormatter(_TEXT)
 
 
 def _dress(logger: logging.Logger, config: Config) -> None:

@@ -29,3 +29,10 @@ def check(celery: Celery) -> None:
             celery.amqp.router.route({}, name, (), {}, task)
         except QueueNotFound as error:
             raise ConfigurationError(f"task {name!r}: {error.args[0]}") from error
+    for name, entry in celery.conf.beat_schedule.items():
+        queue = entry.get("options", {}).get("queue")
+        if queue is not None and queue not in celery.amqp.queues:
+            listed = ", ".join(sorted(celery.amqp.queues))
+            raise ConfigurationError(
+                f"schedule {name!r}: {queue!r} is no queue; there are {listed}"
+            )

@@ -7,15 +7,19 @@ from project.config import get_config
 TIMEOUT = 10.0  # seconds
 
 
-class TemporaryError(Exception):
-    """The third party failed in a way that may pass: worth another try."""
+class ThirdPartyError(Exception):
+    """The third party did not do what it was asked, and says so again if asked again."""
+
+
+class TemporaryError(ThirdPartyError):
+    """It failed in a way that may pass: worth another try."""
 
 
 def subscribe(email: str) -> None:
     """Put `email` on the list.
 
     Raises TemporaryError where trying again may help (no connection, time-out, 429, 5xx), and
-    httpx.HTTPStatusError where it cannot.
+    ThirdPartyError where it cannot.
     """
     try:
         response = httpx.post(
@@ -23,10 +27,8 @@ def subscribe(email: str) -> None:
         )
         response.raise_for_status()
     except httpx.HTTPStatusError as error:
-        if error.response.status_code == 429 or error.response.is_server_error:
-            raise TemporaryError(
-                f"the mailing list answered {error.response.status_code}"
-            ) from None
-        raise
+        status = error.response.status_code
+        kind = TemporaryError if status == 429 or status >= 500 else ThirdPartyError
+        raise kind(f"the mailing list answered {status}") from None
     except httpx.TransportError as error:
         raise TemporaryError(f"the mailing list does not answer: {type(error).__name__}") from error

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
+from fastapi_offline import FastAPIOffline
 
 from celeriac import use_app
 from celeriac.fastapi import SameOriginMiddleware, attach, status_router
@@ -26,7 +27,8 @@ def build(config: Config, celery: Celery) -> FastAPI:
         with use_app(celery):
             await get_database().adispose()
 
-    app = FastAPI(title="Celeriac reference system", lifespan=lifespan)
+    # FastAPI's own pages of the API load their scripts from a CDN.
+    app: FastAPI = FastAPIOffline(title="Celeriac reference system", lifespan=lifespan)
     app.state.config = config
     attach(app, celery)
     app.add_middleware(SameOriginMiddleware)
@@ -38,7 +40,7 @@ def build(config: Config, celery: Celery) -> FastAPI:
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), name="static")
 
     @app.get("/health-check")
-    def health_check() -> dict[str, str]:
+    async def health_check() -> dict[str, str]:
         return {"status": "ok"}
 
     logs.set_up_web(config)

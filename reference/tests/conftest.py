@@ -1,6 +1,7 @@
 """The application's own tests: no broker, no worker, no network."""
 
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,14 +12,25 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from alembic import command
+from celeriac import use_app
 from project import create_app
 from project.config import TestingConfig
 
 REFERENCE = Path(__file__).resolve().parent.parent
 
 
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever connects to a broker, or to anything else, has failed."""
+
+    def refuse(self: socket.socket, address: object) -> None:
+        pytest.fail(f"a connection to {address!r}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
 @pytest.fixture
-def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
+def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FastAPI]:
     """The application in its `testing` configuration, on a database of its own."""
     for name in os.environ:
         if name.startswith("CELERY_") or name == "WS_MESSAGE_QUEUE":
@@ -26,7 +38,9 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
     monkeypatch.setenv("FASTAPI_CONFIG", "testing")
     monkeypatch.setenv("DATABASE_URL", f"sqlite:///{tmp_path / 'app.sqlite3'}")
     command.upgrade(AlembicConfig(REFERENCE / "alembic.ini"), "head")
-    return create_app(TestingConfig())
+    app = create_app(TestingConfig())
+    with use_app(app.celery_app):  # type: ignore[attr-defined]
+        yield app  # and what a test calls itself belongs to it
 
 
 @pytest.fixture

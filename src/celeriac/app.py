@@ -3,9 +3,10 @@
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import RLock
 from typing import Any
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
@@ -13,7 +14,13 @@ from weakref import WeakKeyDictionary
 import celery
 from celery import Celery, _state
 from celery.local import Proxy
-from celery.signals import celeryd_init, worker_process_shutdown, worker_shutdown
+from celery.signals import (
+    beat_init,
+    celeryd_after_setup,
+    celeryd_init,
+    worker_process_shutdown,
+    worker_shutdown,
+)
 from celery.utils.imports import symbol_by_name
 from kombu.entity import Exchange, Queue
 
@@ -36,6 +43,7 @@ class _Fallback:
 
     factory: Callable[[], Celery] | None = None
     app: Celery | None = None
+    lock: AbstractContextManager[Any] = field(default_factory=RLock)
 
 
 _fallback = _Fallback()
@@ -58,7 +66,7 @@ _RELIABLE: dict[str, Any] = {
     "accept_content": ["json"],
     # Nothing waits for a dead server for ever; one retry, since a pooled connection may be stale.
     "broker_connection_timeout": _SERVER_TIMEOUT,
-    "broker_connection_retry_on_startup": True,
+    "broker_connection_retry_on_startup": False,  # a wrong address ends the start with one line
     "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0, "interval_max": 0.2},
     "redis_socket_timeout": _SERVER_TIMEOUT,
     "redis_socket_connect_timeout": _SERVER_TIMEOUT,
@@ -113,6 +121,13 @@ def _adopt_foreign_tasks(sender: Celery, **_: Any) -> None:
         task.run_async_body(each)
 
 
+@celeryd_after_setup.connect  # type: ignore[untyped-decorator]
+def _adopt_tasks_made_since(instance: Any, **_: Any) -> None:
+    """Those registered after the app was finalized, before the worker's pool starts."""
+    if instance.app in _adopted:
+        _adopt_foreign_tasks(instance.app)
+
+
 def _close_loop(**_: Any) -> None:
     bridge.close()
 
@@ -161,6 +176,31 @@ def _refuse_unknown_queues(instance: Any, options: Mapping[str, Any], **_: Any) 
                 )
 
 
+@celeryd_init.connect  # type: ignore[untyped-decorator]
+def _refuse_absent_broker(instance: Any, **_: Any) -> None:
+    """`celery worker` without a broker ends with one line, not with a hundred tries."""
+    _probe(instance.app)
+
+
+@beat_init.connect  # type: ignore[untyped-decorator]
+def _refuse_absent_broker_of_beat(sender: Any, **_: Any) -> None:
+    _probe(sender.app)
+
+
+def _probe(app: Celery) -> None:
+    if app not in _adopted or _adopted[app] is None:
+        return  # somebody's own configuration stays as it is
+    if app.conf.broker_connection_retry_on_startup:
+        return
+    with app.connection_for_read() as connection:
+        try:
+            connection.ensure_connection(max_retries=1, interval_start=0, timeout=_SERVER_TIMEOUT)
+        except Exception as error:  # whatever a broker's library raises
+            raise SystemExit(
+                f"error: the broker {connection.as_uri()} does not answer: {error}"
+            ) from None
+
+
 def _transport_options(config: Mapping[str, Any]) -> dict[str, Any]:
     scheme = urlsplit(config["broker_url"].split(";")[0]).scheme
     given = config.get("broker_transport_options") or {}
@@ -194,11 +234,12 @@ def current_app() -> Celery:
             return app
         case [_, *_] as apps:
             raise AmbiguousAppError([app.main or "?" for app in apps])
-    if _fallback.app is None:
-        if _fallback.factory is None:
-            raise NoAppError
-        _fallback.app = _fallback.factory()
-    return _fallback.app
+    with _fallback.lock:
+        if _fallback.app is None:
+            if _fallback.factory is None:
+                raise NoAppError
+            _fallback.app = _fallback.factory()
+        return _fallback.app
 
 
 def _rivals() -> list[Celery]:

@@ -1,6 +1,7 @@
 """What a worker writes about its tasks: Celery's Redis result backend, and what it leaves out."""
 
 import logging
+import time
 from functools import cached_property
 from typing import Any
 from weakref import WeakSet
@@ -15,6 +16,8 @@ from celeriac import bridge, store
 
 logger = logging.getLogger(__name__)
 
+_STATUS_PAUSE = 5.0  # seconds without a status store that was away: each try may take two
+
 _reported: WeakSet[Celery] = WeakSet()
 
 
@@ -26,6 +29,8 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
 
     Where the app has a status store of its own, each state is written there too, after the result.
     """
+
+    _status_away_until = 0.0
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
         pass
@@ -40,7 +45,7 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
 
     def _set(self, key: bytes, value: bytes, expires: int | None = None) -> None:
         super()._set(key, value, expires)
-        if self._status is None:
+        if self._status is None or time.monotonic() < self._status_away_until:
             return
         lifetime = self.expires if expires is None else expires
         try:
@@ -50,6 +55,7 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
                 pipe.execute()
         except redis.RedisError as error:
             # The result is safe; whoever watches this task sees it late or not at all.
+            self._status_away_until = time.monotonic() + _STATUS_PAUSE
             logger.error("the status store did not take the state of %r: %s", key, error)
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
@@ -15,7 +16,11 @@ from sqlalchemy.orm import Session
 from celeriac.errors import ConfigurationError
 
 # What a URL's driver is where the other kind of session is asked for.
-_SYNC = {"sqlite+aiosqlite": "sqlite", "postgresql+asyncpg": "postgresql+psycopg"}
+_SYNC = {
+    "sqlite+aiosqlite": "sqlite",
+    "postgresql+asyncpg": "postgresql+psycopg",
+    "postgresql+psycopg2": "postgresql+psycopg",
+}
 _ASYNC = {
     "sqlite": "sqlite+aiosqlite",
     "sqlite+pysqlite": "sqlite+aiosqlite",
@@ -44,6 +49,7 @@ class Database:
         if self.url.drivername == "postgres":
             self.url = self.url.set(drivername="postgresql")
         self._connect_args = dict(connect_args or {})
+        self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._async_engines: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncEngine]
         self._async_engines = WeakKeyDictionary()
@@ -52,10 +58,12 @@ class Database:
 
     @property
     def engine(self) -> Engine:
-        if self._engine is None:
-            self._engine = self._create(create_engine, _SYNC)
-            _configure(self._engine)
-        return self._engine
+        with self._lock:
+            if self._engine is None:
+                engine: Engine = self._create(create_engine, _SYNC)
+                _configure(engine)
+                self._engine = engine
+            return self._engine
 
     @property
     def async_engine(self) -> AsyncEngine:
@@ -104,6 +112,7 @@ class Database:
 
     def _after_fork(self) -> None:
         """Let go of the parent's connections without closing them: they are still in use there."""
+        self._lock = threading.Lock()  # one of the parent's other threads may have held it
         engines = [engine.sync_engine for engine in self._async_engines.values()]
         if self._engine is not None:
             engines.append(self._engine)

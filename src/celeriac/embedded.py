@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from urllib.parse import quote
@@ -17,6 +18,7 @@ from celeriac.errors import RedisNotFoundError, ServiceError
 # sun_path holds 104 bytes on macOS, 108 on Linux, the closing zero included.
 _LONGEST_SOCKET_PATH = 103
 _PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None  # here: not after a fork
 
 
 def find_server() -> str:
@@ -40,14 +42,21 @@ def find_server() -> str:
     return found
 
 
-def die_with_parent() -> None:
-    """Run in a child before exec: the kernel ends it when its parent ends, however it ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def die_with_parent(parent: int) -> None:
+    """Run in a child before exec: the kernel ends it when its parent ends, however it ends.
+
+    Linux means the thread that forked, not the process: that one has to outlive the child.
+    """
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before the call
+            os._exit(1)
 
 
 class Valkey:
     """One server on a unix socket in a private directory, its data in `data`.
+
+    It ends with the thread that calls `start`: call it from one that lasts.
 
     `celery_url` and `redis_url` name the same database to Celery and to redis-py. The socket's
     path stays the same over `stop` and `start`, so clients find a restarted server again.
@@ -75,7 +84,7 @@ class Valkey:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for whoever supervises it
-            preexec_fn=die_with_parent,  # noqa: PLW1509 - one prctl call, safe between fork and exec
+            preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - two system calls
         )
         assert self.process.stdin is not None
         self.process.stdin.write(self._configuration().encode())

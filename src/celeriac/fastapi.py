@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Annotated
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
@@ -11,6 +11,7 @@ from celery import Celery
 from fastapi import APIRouter, Depends, FastAPI, Request, WebSocket, WebSocketException, status
 from fastapi.responses import JSONResponse
 from kombu.exceptions import OperationalError
+from pydantic import StringConstraints
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from starlette.datastructures import Headers
@@ -20,13 +21,19 @@ from starlette.websockets import WebSocketDisconnect
 
 from celeriac.app import use_app
 from celeriac.errors import ServiceError
-from celeriac.status import Reader, Status
+from celeriac.status import Reader, Status, until_first
 
 _SAFE_METHODS = {"GET", "HEAD", "OPTIONS", "TRACE"}
 _FIRST_FRAME = 5.0  # seconds; a status store that is silent for longer is away
 _TRY_AGAIN_LATER = 1013
 
 _readers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Celery, Reader]] = WeakKeyDictionary()
+
+
+TaskId = Annotated[
+    str, StringConstraints(min_length=1, max_length=255, pattern=r"^[^\x00-\x1f\x7f]+$")
+]
+"""A task's id in a path or a query; anything else is refused before it is looked up."""
 
 
 def attach(app: FastAPI, celery: Celery) -> None:
@@ -86,8 +93,23 @@ def same_origin(headers: Headers, origins: Collection[str] = ()) -> bool:
     """Whether the request may be our own page's. The scheme is not compared: a proxy ends TLS."""
     origin = headers.get("origin")
     if origin is None:
-        return headers.get("sec-fetch-site") not in ("cross-site", "same-site")
-    return origin in origins or urlsplit(origin).netloc == headers.get("host")
+        return headers.get("sec-fetch-site", "").lower() not in ("cross-site", "same-site")
+    if origin in origins:
+        return True
+    ours, theirs = _authority(f"http://{headers.get('host', '')}"), _authority(origin)
+    return theirs is not None and ours == theirs
+
+
+def _authority(origin: str) -> tuple[str, int | None] | None:
+    """Host and port, None for a scheme's own; None for what no page of ours can have."""
+    try:
+        parts = urlsplit(origin)
+        port = parts.port
+    except ValueError:
+        return None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return None
+    return parts.hostname, None if port in (80, 443) else port
 
 
 def reader_of(celery: Celery) -> Reader:
@@ -121,7 +143,7 @@ def status_router(celery: Celery, *, origins: Collection[str] = ()) -> APIRouter
     router = APIRouter(lifespan=lifespan)
 
     @router.websocket("/ws/task_status/{task_id}")
-    async def task_status(websocket: WebSocket, task_id: str) -> None:
+    async def task_status(websocket: WebSocket, task_id: TaskId) -> None:
         if not same_origin(websocket.headers, origins):
             raise WebSocketException(status.WS_1008_POLICY_VIOLATION)
         await websocket.accept()
@@ -133,18 +155,12 @@ def status_router(celery: Celery, *, origins: Collection[str] = ()) -> APIRouter
 
 async def _forward(websocket: WebSocket, states: AsyncIterator[Status]) -> None:
     """Send `states` until they end or the client goes, whichever is first."""
-    sender = asyncio.create_task(_send_all(websocket, states), name="task-status-send")
-    # A socket that nobody receives from never notices that its client left.
-    listener = asyncio.create_task(_wait_for_disconnect(websocket), name="task-status-receive")
-    try:
-        await asyncio.wait([sender, listener], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        sender.cancel()
-        listener.cancel()
-        ended = await asyncio.gather(sender, listener, return_exceptions=True)
-    for error in ended:
-        if isinstance(error, Exception) and not isinstance(error, WebSocketDisconnect):
-            raise error
+    with suppress(WebSocketDisconnect):
+        await until_first(
+            # A socket that nobody receives from never notices that its client left.
+            status_receive=_wait_for_disconnect(websocket),
+            status_send=_send_all(websocket, states),
+        )
 
 
 async def _send_all(websocket: WebSocket, states: AsyncIterator[Status]) -> None:

@@ -6,7 +6,7 @@ import ipaddress
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 from urllib.parse import parse_qs, urlsplit
 
@@ -36,9 +36,15 @@ _NOT_OPTIONS = {
     "celery_rdbsig",
     "celery_trace_app",
 }
-_SECRET_NAME = re.compile(r"secret|password|passwd|token|api_?key|private_key", re.IGNORECASE)
+_NAMES = r"secret|passw|token|credential|(?:api|access|account|private|shared)_?-?key|signature"
+_SECRET_NAME = re.compile(_NAMES, re.IGNORECASE)
+_SECRET_IN_URL = re.compile(rf"((?:^|[?&;/])[^=&;/?]*(?:{_NAMES})[^=&;/?]*=)[^&;]*", re.IGNORECASE)
 _URL = re.compile(r"^[a-z][a-z0-9+.:_-]*://", re.IGNORECASE)
+_NEXT_URL = re.compile(r";(?=[a-z][a-z0-9+.:_-]*://)", re.IGNORECASE)  # several, joined by ;
 _LOCAL_SCHEMES = {"memory", "cache+memory", "filesystem", "file", "sqlite", "unix", "redis+socket"}
+# What leads PostgreSQL's library to a server past the host in a URL.
+_INDIRECT = {"service", "servicefile", "conninfo", "dsn"}
+_NO_SERVER = {"rpc", "disabled"}  # result backends that go where the broker is, or nowhere
 
 
 class Settings(BaseSettings):
@@ -69,6 +75,8 @@ class Settings(BaseSettings):
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigurationError(_one_line(error, type(self).__name__)) from None
+        except UnicodeDecodeError:
+            raise ConfigurationError(".env is not UTF-8") from None
         except SettingsError as error:  # a field that takes JSON was given something else
             raise ConfigurationError(f"{error}: JSON expected") from None
         self._given = frozenset(values)
@@ -88,6 +96,7 @@ class Settings(BaseSettings):
                 if not text or name in _NOT_OPTIONS or not check_option(option, variable):
                     continue
                 self._undeclared[name] = (_parse(option, variable, text), source)
+        check_broker(self.celery_broker_url)
         for name, value in self._every_value():
             if self.local_only:
                 _refuse_distant(name, value, type(self).__name__)
@@ -146,6 +155,8 @@ def check_option(option: str, given_as: str) -> bool:
     known = celery_options()
     if option in known:
         return True
+    if option == "broker":  # Celery's command line reads it, nothing else does
+        raise ConfigurationError(f"{given_as} is only half an option: set {given_as}_URL instead")
     if f"{_PREFIX}{option}" in _command_line_variables():
         return False
     near = difflib.get_close_matches(option, known, n=1)
@@ -182,7 +193,9 @@ def _parse(option: str, variable: str, text: str) -> Any:
             return _json_or_text(text)
         return definition.to_python(text)
     except (ValueError, TypeError) as error:
-        raise ConfigurationError(f"{variable}={text!r} is no {kind}: {error}") from None
+        # The text of a list or a dict may hold a password; that of a number does not.
+        shown = "" if kind in ("dict", "tuple", "list", "any") else f"={text!r}"
+        raise ConfigurationError(f"{variable}{shown} is no {kind}: {error}") from None
 
 
 def _json_or_text(text: str) -> Any:
@@ -208,37 +221,49 @@ def mask(name: str, value: Any) -> str:
         return "********"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {mask(str(key), v)}" for key, v in value.items()) + "}"
+    if isinstance(value, (list, tuple)) and any(_addresses(value)):
+        return "[" + ", ".join(mask(name, item) for item in value) + "]"
     if isinstance(value, str) and "://" in value:
-        return ";".join(_mask_url(url) for url in value.split(";"))
+        return ";".join(_mask_url(url) for url in _NEXT_URL.split(value))
     return value if isinstance(value, str) else repr(value)
 
 
 def _mask_url(url: str) -> str:
-    # The last @ before the path ends the password: it may hold an unescaped one itself.
-    url = re.sub(r"(://[^/?#]*?:)[^/?#]*(@[^@/?#]*)", r"\1********\2", url)
-    return re.sub(r"([?&][^=&]*(?:password|secret|token)[^=&]*=)[^&]*", r"\1********", url)
+    # To the last @: a password may hold what should have been escaped in it.
+    url = re.sub(r"(://[^:@/?#]*:).*(@)", r"\1********\2", url)
+    return _SECRET_IN_URL.sub(r"\1********", url)
 
 
 def is_local(url: str) -> bool:
-    """Whether every server that `url` names (several may be joined by ;) is on this machine."""
-    return all(_is_local(part) for part in url.split(";"))
+    """Whether every server that `url` names (several may be joined by ;) is on this machine.
+
+    A host has to be named, or a socket's path: who leaves it out gets what some other option or
+    variable says. So does a URL that can be read in two ways.
+    """
+    return all(_is_local(part) for part in _NEXT_URL.split(url))
 
 
 def _is_local(url: str) -> bool:
     parts = urlsplit(url)
-    if parts.scheme in _LOCAL_SCHEMES:
+    if parts.scheme in _LOCAL_SCHEMES or url.rstrip(":/") in _NO_SERVER:
         return True
+    if re.search(r"[/?#].*@", url.partition("://")[2]):
+        return False
     query = parse_qs(parts.query)
+    if _INDIRECT & query.keys() or any("=" in name for name in query.get("dbname", [])):
+        return False
     hosts = [name for key in ("host", "hostaddr") for name in query.get(key, [])]
+    address = re.sub(r".*@", "", parts.netloc)
+    if address or not hosts:
+        hosts.append(address)
     # PostgreSQL takes several hosts, joined by commas, in either place.
-    hosts += re.sub(r".*@", "", parts.netloc).split(",")
     return all(_is_local_host(name) for host in hosts for name in host.split(","))
 
 
 def _is_local_host(host: str) -> bool:
     host = re.sub(r":\d*$", "", host) if host.count(":") < 2 or "]" in host else host
     host = host.strip("[]").lower()
-    if host in ("", "localhost") or host.startswith("/"):  # a path is a unix socket
+    if host == "localhost" or host.startswith("/"):  # a path is a unix socket
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
@@ -250,20 +275,54 @@ def _refuse_distant(name: str, value: Any, configuration: str) -> None:
     for url in _addresses(value):
         if not is_local(url):
             raise ConfigurationError(
-                f"{name.upper()}={_mask_url(url)} is not on this machine, and {configuration} "
-                "uses nothing else; unset it, or choose another configuration"
+                f"{name.upper()}={_mask_url(url)} is not on this machine, or not surely, and "
+                f"{configuration} uses nothing else; unset it, or choose another configuration"
+            )
+        if url.startswith("postgres"):
+            _refuse_distant_variables(configuration)
+
+
+def _refuse_distant_variables(configuration: str) -> None:
+    """PostgreSQL's library reads these itself, and some of them win over the URL."""
+    for variable in ("PGHOST", "PGHOSTADDR", "PGSERVICE", "PGSERVICEFILE"):
+        value = os.environ.get(variable)
+        if value and not (variable.startswith("PGHOST") and _is_local_host(value)):
+            raise ConfigurationError(
+                f"{variable}={value} may lead to another machine, and {configuration} uses "
+                "nothing but this one; unset it"
             )
 
 
-def _addresses(value: Any) -> Iterable[str]:
+def _addresses(value: Any) -> Iterator[str]:
     if isinstance(value, str) and _URL.match(value):
         yield value
     elif isinstance(value, Mapping):
         for key, item in value.items():
             if key in ("host", "hostaddr", "hostname") and isinstance(item, str):
-                yield f"host://{item}"
+                yield f"host://{item}" if not item.startswith("/") else f"unix://{item}"
+            elif key in _INDIRECT:
+                yield f"{key}://"
             else:
                 yield from _addresses(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from _addresses(item)
+
+
+def check_broker(url: str) -> None:
+    """Raise ConfigurationError for a broker's URL that kombu could not use, or would misread."""
+    from kombu.transport import TRANSPORT_ALIASES
+
+    for part in _NEXT_URL.split(url):
+        scheme, separator, _ = part.partition("://")
+        if not separator or (scheme.split("+")[0] not in TRANSPORT_ALIASES and ":" not in scheme):
+            raise ConfigurationError(
+                f"CELERY_BROKER_URL={_mask_url(part)} is no broker's URL: "
+                "expected e.g. redis://127.0.0.1:6379/0 or amqp://user:password@host//"
+            )
+        try:
+            _ = urlsplit(part).port
+        except ValueError:
+            raise ConfigurationError(
+                f"CELERY_BROKER_URL={_mask_url(part)}: the port is no number from 0 to 65535"
+            ) from None

@@ -9,14 +9,15 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
 from celery import Celery, states
+from pydantic_core import from_json, to_json
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from celeriac import store
 from celeriac.errors import ServiceError
@@ -28,6 +29,7 @@ _IDLE = 15.0  # seconds without a word after which the connection is tried with 
 _CONNECT = 2.0  # seconds for a new connection
 _BACKOFF = (0.05, 2.0)  # seconds: the first wait before a new connection, and the longest
 _BUFFER = 256  # states kept for a follower that does not read
+_NO_STATE = b"\xff"  # what no serializer reads
 _POLL = 0.25  # seconds between reads where the result backend cannot publish
 
 
@@ -52,7 +54,10 @@ class Status:
         if self.error is not None:
             message["error"] = self.error
         elif self.result is not None:
-            message["result"] = self.result
+            # Celery's JSON brings dates, UUIDs, Decimals and bytes back as such; NaN is no JSON.
+            message["result"] = from_json(
+                to_json(self.result, inf_nan_mode="strings", bytes_mode="base64", fallback=repr)
+            )
         return message
 
     @classmethod
@@ -77,6 +82,25 @@ def _describe(error: Any) -> str:
         kind, message = type(error).__name__, str(error)
     line = " ".join(f"{kind}: {message}".split()).removesuffix(":")
     return line if len(line) <= 500 else line[:499] + "…"
+
+
+async def until_first(**coroutines: Coroutine[Any, Any, None]) -> None:
+    """Run them as tasks of these names until the first ends; the others are cancelled.
+
+    Raises what ended one of them.
+    """
+    tasks = [
+        asyncio.create_task(each, name=f"celeriac-{name}") for name, each in coroutines.items()
+    ]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+    for error in ended:
+        if isinstance(error, Exception):
+            raise error
 
 
 class _Follower:
@@ -128,6 +152,7 @@ class Reader:
         self._replies: deque[Callable[[bytes | None], None]] = deque()
         self._wake = asyncio.Event()
         self._runner: asyncio.Task[None] | None = None
+        self._answered = False
         self._users = 0
 
     async def __aenter__(self) -> Self:
@@ -145,10 +170,12 @@ class Reader:
             for follower in followers:
                 follower.end()
         runner, self._runner = self._runner, None
+        # Before the wait, in which a new user may start: it shall not wait on the old one's event,
+        # which also holds on to its event loop.
+        self._wake = asyncio.Event()
         if runner is not None:
             runner.cancel()
             await asyncio.wait([runner])
-        self._wake = asyncio.Event()  # the old one holds on to its event loop
 
     async def snapshot(self, task_id: str, timeout: float = 2.0) -> Status:
         """The state now. Raises ServiceError if it cannot be had within `timeout` seconds."""
@@ -228,30 +255,21 @@ class Reader:
             try:
                 async with asyncio.timeout(_CONNECT):
                     await connection.connect()  # type: ignore[no-untyped-call]
-                delay = _BACKOFF[0]
-                await self._talk(connection)
+                self._answered = False
+                await until_first(
+                    status_write=self._write(connection), status_read=self._read(connection)
+                )
             except (RedisError, OSError, TimeoutError) as error:
                 logger.warning("the status store is away: %r; trying again in %g s", error, delay)
             except Exception:
                 logger.exception("reading the status store failed; trying again in %g s", delay)
             finally:
                 await connection.disconnect(nowait=True)
+            if self._answered:
+                delay = _BACKOFF[0]
             await asyncio.sleep(delay)
             delay = min(delay * 2, longest)
             self._repeat()
-
-    async def _talk(self, connection: AbstractConnection) -> None:
-        writer = asyncio.create_task(self._write(connection), name="celeriac-status-write")
-        reader = asyncio.create_task(self._read(connection), name="celeriac-status-read")
-        try:
-            await asyncio.wait([writer, reader], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            writer.cancel()
-            reader.cancel()
-            ended = await asyncio.gather(writer, reader, return_exceptions=True)
-        for error in ended:
-            if isinstance(error, Exception):
-                raise error
 
     async def _write(self, connection: AbstractConnection) -> None:
         while True:
@@ -268,10 +286,16 @@ class Reader:
 
     async def _read(self, connection: AbstractConnection) -> None:
         while True:
-            async with asyncio.timeout(2 * _IDLE):  # the peer owes us a PONG by then
-                reply = await connection.read_response(timeout=math.inf, push_request=True)
-            if isinstance(reply, RedisError):
-                raise reply
+            try:
+                async with asyncio.timeout(2 * _IDLE):  # the peer owes us a PONG by then
+                    reply = await connection.read_response(
+                        timeout=math.inf, disconnect_on_error=False, push_request=True
+                    )
+            except ResponseError as error:
+                if not str(error).startswith("WRONGTYPE"):
+                    raise
+                reply = _NO_STATE  # somebody else's key: the answer to one GET, no lost connection
+            self._answered = True
             if isinstance(reply, list):
                 if reply[0] == b"message":
                     self._published(reply[1], reply[2])
@@ -301,11 +325,11 @@ class Reader:
 
     def _decode(self, task_id: str, payload: bytes | None) -> Status:
         try:
-            meta = self._app.backend.decode(payload) if payload else None
+            meta = self._app.backend.decode(payload) if payload is not None else None
+            return Status.from_meta(task_id, meta)
         except Exception as error:  # a serializer that this app does not accept, or no result
             logger.exception("the stored state of task %s cannot be read", task_id)
             return Status(task_id, states.FAILURE, error=f"unreadable: {_describe(error)}")
-        return Status.from_meta(task_id, meta)
 
     def _read_backend(self, task_id: str) -> Status:
         return Status.from_meta(task_id, self._app.backend.get_task_meta(task_id, cache=False))

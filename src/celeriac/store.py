@@ -1,5 +1,6 @@
 """Where the status of tasks is kept in Redis, and under which keys."""
 
+import logging
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 from weakref import WeakKeyDictionary
@@ -10,9 +11,14 @@ from celery import Celery
 from celery.backends.redis import RedisBackend, SentinelBackend
 from redis.asyncio.connection import AbstractConnection
 
+from celeriac.errors import ConfigurationError
+
+logger = logging.getLogger(__name__)
+
 # An app's own status store where it is another Redis than its result backend.
 _urls: WeakKeyDictionary[Celery, str] = WeakKeyDictionary()
 
+_REDIS_SCHEMES = {"redis", "rediss", "redis+socket", "unix"}
 _ASYNC_CONNECTIONS = {
     redis.Connection: redis.asyncio.Connection,
     redis.SSLConnection: redis.asyncio.SSLConnection,
@@ -45,8 +51,21 @@ def celery_url(redis_py_url: str) -> str:
 
 
 def keep_status_in(app: Celery, url: str) -> None:
-    """Keep the status of `app`'s tasks in the Redis at `url` too, for those who watch."""
-    _urls[app] = url
+    """Keep the status of `app`'s tasks in the Redis at `url` too, for those who watch.
+
+    Raises ConfigurationError for a URL that is no Redis's. Where it is the result backend's own,
+    or that is no Redis and could not write there, the result backend alone serves.
+    """
+    if urlsplit(url).scheme not in _REDIS_SCHEMES:
+        raise ConfigurationError(
+            "WS_MESSAGE_QUEUE is no URL of a Redis: expected redis://, rediss:// or unix://"
+        )
+    backend = app.backend_cls or app.conf.result_backend
+    if isinstance(backend, str) and urlsplit(backend).scheme in _REDIS_SCHEMES:
+        if redis_url(backend) != redis_url(url):
+            _urls[app] = url
+    else:
+        logger.warning("WS_MESSAGE_QUEUE is not used: the result backend is no Redis")
 
 
 def status_client(app: Celery) -> redis.Redis | None:

@@ -113,6 +113,43 @@ def test_e03_a_route_to_an_unlisted_queue_is_refused_at_start() -> None:
     assert "'nope'" in error
 
 
+def test_e03_a_schedule_with_an_unlisted_queue_is_refused_at_start() -> None:
+    schedule = '{"a": {"task": "t", "schedule": 5, "options": {"queue": "nope"}}}'
+    code, _, error = run("import worker", CELERY_BEAT_SCHEDULE=schedule)
+    assert code == 1
+    assert error == (
+        "error: schedule 'a': 'nope' is no queue; there are default, high_priority, low_priority"
+    )
+
+
+@pytest.mark.parametrize("command", ["worker", "beat"])
+def test_an_absent_broker_ends_worker_and_beat_with_one_line(command: str, tmp_path: Path) -> None:
+    away = f"redis://:s3cret@127.0.0.1:{free_port()}/0"
+    env = clean_environment(CELERY_BROKER_URL=away, CELERY_RESULT_BACKEND=away)
+    options = ["-s", str(tmp_path / "schedule")] if command == "beat" else []
+    done = run_python(
+        *("-m", "celery", "-A", "worker.celery", command, *options), cwd=REFERENCE, env=env
+    )
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert "error: the broker redis://" in last
+    assert "does not answer: " in last
+    assert "s3cret" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_nested_connect_dict_reaches_the_driver(tmp_path: Path) -> None:
+    code = (
+        "import main\n"
+        "from celeriac import use_app\n"
+        "from project.database import get_database\n"
+        "with use_app(main.celery):\n"
+        "    print(get_database()._connect_args)\n"
+    )
+    nested = '{"server_settings": {"a": "b"}}'
+    assert run(code, DATABASE_CONNECT_DICT=nested)[1] == "{'server_settings': {'a': 'b'}}"
+
+
 def test_an_absent_broker_is_a_503_in_time_and_nothing_is_accepted(tmp_path: Path) -> None:
     port, away = free_port(), f"redis://127.0.0.1:{free_port()}/0"
     env = clean_environment(

@@ -41,7 +41,19 @@ def test_p10_a_client_gets_hello_world_and_a_browser_the_index(system: System) -
     assert system.http.get("/").json() == {"message": "Hello World"}
     page = system.http.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
     assert page.headers["content-type"].startswith("text/html")
+    assert page.headers["vary"] == "Accept"
+    assert system.http.head("/").status_code == 200
     assert system.http.get("/health-check").json() == {"status": "ok"}
+
+
+def test_the_pages_of_the_api_need_no_other_server(system: System) -> None:
+    page = system.http.get("/docs").text
+    assert "swagger-ui" in page
+    addresses = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
+    assert addresses
+    for address in addresses:
+        assert address.startswith("/"), address
+        assert system.http.get(address).status_code == 200
 
 
 def test_p40_p41_a_form_is_a_task_that_can_be_polled_to_its_end(system: System) -> None:
@@ -141,6 +153,10 @@ def test_p43_the_webhook_blocks_or_is_a_task_that_tries_again_after_5_s(system: 
     assert blocking.elapsed.total_seconds() >= 0.5
     system.behave(fail_next=1)
     assert system.http.post("/users/webhook_test/").status_code == 502
+    system.behave(fail_next=1, status=404)
+    assert system.http.post("/users/webhook_test/").json() == {
+        "detail": "the mailing list answered 404"
+    }
     system.behave(fail_next=1)
     quick = system.http.post("/users/webhook_test_async/")
     assert quick.json() == "pong"
@@ -308,6 +324,9 @@ def test_e07_a_tasks_log_lines_carry_its_id_and_the_requests_id(system: System) 
     assert answer.headers["x-request-id"] == request_id
     task_id = answer.json()["task_id"]
     system.runner.wait_for(rf"\[task {task_id} request {request_id}\] .*succeeded in")
+    forged = system.send("project.users.tasks.divide", "1\n[2026] FORGED", 1)
+    assert frames(system, forged)[-1]["state"] == "FAILURE"
+    system.runner.wait_for(r"dividing 1\\n\[2026\] FORGED by 1")
 
 
 @pytest.fixture
@@ -362,7 +381,13 @@ def test_requests_of_other_sites_are_refused(system: System) -> None:
         ({}, 200),
         ({"Origin": system.base}, 200),
         ({"Origin": "https://evil.example"}, 403),
+        ({"Origin": system.base.upper().replace("HTTP", "http")}, 200),
         ({"Origin": "null"}, 403),
+        ({"Origin": "null", "Host": ""}, 403),
+        ({"Origin": "http://[::1"}, 403),
+        ({"Origin": system.base.replace("http", "file")}, 403),
+        ({"Origin": "http://127.0.0.1:1"}, 403),
+        ({"Sec-Fetch-Site": "Cross-Site"}, 403),
         ({"Sec-Fetch-Site": "cross-site"}, 403),
     ):
         answer = system.http.post("/users/form/", json=USER, headers=headers)
@@ -370,6 +395,12 @@ def test_requests_of_other_sites_are_refused(system: System) -> None:
     address = f"{system.sockets}/ws/task_status/a"
     with connect(address, origin=Origin(system.base)):
         pass
+    for task_id in ("x" * 256, "a%0d%0ab", "%00"):
+        with pytest.raises(InvalidStatus, match="403"):
+            connect(f"{system.sockets}/ws/task_status/{task_id}")
+        answer = system.http.get(f"/users/task_status/?task_id={task_id}")
+        assert answer.status_code == 422
+    assert system.http.get("/users/task_status/?task_id=").status_code == 422
     with pytest.raises(InvalidStatus, match="403"):
         connect(address, origin=Origin("https://evil.example"))
 

@@ -160,6 +160,16 @@ async def foreign(x: int) -> int:
     return x
 
 
+celery.finalize()
+
+
+@celery.task(base=Foreign)
+async def foreign_and_late(x: int) -> int:
+    """Made after the app was finalized, as in a module that is imported late."""
+    await asyncio.sleep(0)
+    return x
+
+
 class ClassBased(celery.Task):  # type: ignore[misc,name-defined]
     name = "async_app.class_based"
 

@@ -137,6 +137,8 @@ def test_a_foreign_base_class_runs_async_bodies_with_its_hooks_and_signals(
     assert worker.send("foreign", 7).get(timeout=10) == 7
     assert worker.noted("success") == "7"
     assert worker.noted("after_return") == "SUCCESS"
+    assert worker.send("foreign_and_late", 8).get(timeout=10) == 8
+    assert worker.noted("after_return") == "SUCCESS"
 
 
 def test_pydantic_models_go_in_and_out(worker: Worker) -> None:

@@ -5,6 +5,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -80,6 +81,14 @@ def test_an_unreadable_url_and_an_unknown_driver_are_one_clear_error() -> None:
         Database("not a url")
     with pytest.raises(ConfigurationError, match="no driver for nosuch databases"):
         _ = Database("nosuch://host/name").engine
+
+
+def test_many_threads_share_one_engine(tmp_path: Path) -> None:
+    database = Database(f"sqlite:///{tmp_path / 'a.sqlite3'}")
+    with ThreadPoolExecutor(20) as pool:
+        engines = list(pool.map(lambda _: database.engine, range(200)))
+    assert len(set(engines)) == 1
+    database.dispose()
 
 
 def alembic(url: str, *command: str) -> str:

@@ -2,20 +2,24 @@
 
 import asyncio
 import gc
+import json
 import random
 import threading
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
+from uuid import UUID
 
 import kombu.pools
 import pytest
 from celery import Celery, states
 from redis import Redis
 
-from celeriac import ServiceError, adopt
+from celeriac import ConfigurationError, ServiceError, adopt
 from celeriac.embedded import Valkey
 from celeriac.status import Reader, Status
-from celeriac.store import redis_url
+from celeriac.store import redis_url, status_connection
 from support import eventually, free_port
 
 
@@ -241,6 +245,66 @@ async def test_a_stored_state_that_cannot_be_read_ends_with_the_reason(
     assert only.state == "FAILURE"
     assert only.error is not None
     assert only.error.startswith("unreadable: ")
+
+
+async def test_somebody_elses_key_is_one_unreadable_task_and_no_lost_connection(
+    app: Celery, redis_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Redis.from_url(redis_url(redis_server)) as client:
+        client.lpush("celery-task-meta-list", "x")
+        client.set("celery-task-meta-empty", "{}")
+    async with Reader(app) as reader, reader.follow("good") as good:
+        assert (await anext(good)).state == "PENDING"
+        for task_id in ("list", "empty"):
+            status = await reader.snapshot(task_id)
+            assert status.state == "FAILURE"
+            assert status.error is not None
+            assert status.error.startswith("unreadable: ")
+        app.backend.store_result("good", 1, states.SUCCESS)
+        assert [event.state for event in await collect(good)] == ["SUCCESS"]
+    assert "is away" not in caplog.text
+
+
+async def test_a_reader_can_be_used_while_it_closes(app: Celery) -> None:
+    reader = Reader(app)
+    for _ in range(20):
+        async with reader.follow("a") as events:
+            await anext(events)
+            closing = asyncio.create_task(reader.aclose())
+            await asyncio.sleep(0)
+            assert (await reader.snapshot("a", timeout=1)).state == "PENDING"
+        await closing
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        (datetime(2026, 1, 2, tzinfo=UTC), "2026-01-02T00:00:00Z"),
+        (UUID(int=1), "00000000-0000-0000-0000-000000000001"),
+        (Decimal("1.5"), "1.5"),
+        (b"ab", "YWI="),
+        ({"x": [float("nan"), float("inf")]}, {"x": ["NaN", "Infinity"]}),
+    ],
+)
+async def test_whatever_a_task_returns_goes_into_json(
+    app: Celery, value: object, shown: object
+) -> None:
+    app.backend.store_result("a", value, states.SUCCESS)
+    async with Reader(app) as reader:
+        message = (await reader.snapshot("a")).as_json()
+    assert json.loads(json.dumps(message, allow_nan=False))["result"] == shown
+
+
+def test_a_status_store_that_is_no_redis_or_the_backend_itself_is_not_used(
+    redis_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(ConfigurationError, match="WS_MESSAGE_QUEUE is no URL of a Redis"):
+        adopt(Celery("a", backend=redis_server), status_store="amqp://h")
+    same = adopt(Celery("b", backend=redis_server), status_store=redis_server)
+    assert same.backend._status is None
+    memory = adopt(Celery("c", backend="cache+memory://"), status_store=redis_server)
+    assert status_connection(memory) is None
+    assert "WS_MESSAGE_QUEUE is not used" in caplog.text
 
 
 async def test_sending_a_task_subscribes_to_nothing(app: Celery, redis_server: str) -> None:

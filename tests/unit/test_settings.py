@@ -69,7 +69,7 @@ def test_any_celery_option_comes_from_the_environment_and_from_the_env_file(
         ("CELERY_TASK_SOFT_TIMELIMIT", "2", "did you mean CELERY_TASK_SOFT_TIME_LIMIT?"),
         ("CELERY_TASK_SOFT_TIME_LIMIT", "soon", "CELERY_TASK_SOFT_TIME_LIMIT='soon' is no float"),
         ("CELERY_BEAT_SCHEDULE", "[1]", "CELERY_BEAT_SCHEDULE"),
-        ("CELERY_TASK_ANNOTATIONS", "{oops", "CELERY_TASK_ANNOTATIONS='{oops' is no"),
+        ("CELERY_TASK_ANNOTATIONS", "{oops", "CELERY_TASK_ANNOTATIONS is no any: "),
         ("DATABASE_CONNECT_DICT", "{oops", "database_connect_dict"),
     ],
 )
@@ -102,6 +102,14 @@ def test_variables_of_celerys_command_line_are_not_taken_for_misspelt_options(
         ("DATABASE_URL", "postgresql://u:secret@production/app"),
         ("DATABASE_URL", "postgresql:///app?host=production"),
         ("DATABASE_CONNECT_DICT", '{"host": "production"}'),
+        ("DATABASE_CONNECT_DICT", '{"conninfo": "host=production"}'),
+        ("CELERY_BROKER_URL", "sqs://KEY:SECRET@"),
+        ("CELERY_RESULT_BACKEND", "redis:///0"),  # its host is an option of its own
+        ("DATABASE_URL", "postgresql://localhost?@production/db"),
+        ("DATABASE_URL", "postgresql://localhost/x@production/db"),
+        ("DATABASE_URL", "postgresql://localhost/x?service=production"),
+        ("DATABASE_URL", "postgresql://localhost/x?dbname=host%3Dproduction"),
+        ("DATABASE_URL", "postgresql:///app"),
     ],
 )
 def test_a_local_configuration_refuses_every_distant_address(
@@ -132,6 +140,50 @@ def test_local_addresses_are_recognised(url: str) -> None:
     assert is_local(url)
 
 
+def test_a_local_configuration_refuses_the_variables_of_postgresqls_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DATABASE_URL", "postgresql://u@127.0.0.1/app")
+    monkeypatch.setenv("PGHOSTADDR", "127.0.0.1")
+    LocalApp()
+    monkeypatch.setenv("PGHOSTADDR", "10.0.0.1")
+    with pytest.raises(ConfigurationError, match=r"PGHOSTADDR=10\.0\.0\.1"):
+        LocalApp()
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("foo", "no broker's URL"),
+        ("htp://x", "no broker's URL"),
+        ("redis://h:abc/0", "the port is no number"),
+        ("redis://h:99999/0", "the port is no number"),
+    ],
+)
+def test_a_brokers_url_that_nothing_could_use_is_refused(url: str, says: str) -> None:
+    with pytest.raises(ConfigurationError, match=says):
+        App(celery_broker_url=url)
+
+
+def test_half_an_option_is_refused_with_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELERY_BROKER", "redis://h/9")
+    with pytest.raises(ConfigurationError, match="set CELERY_BROKER_URL instead"):
+        App()
+
+
+def test_an_env_file_that_is_no_text_is_one_line() -> None:
+    Path(".env").write_bytes(b"A=\xff\xfe\n")
+    with pytest.raises(ConfigurationError, match=r"\.env is not UTF-8"):
+        App()
+
+
+def test_a_broken_option_does_not_show_its_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CELERY_BROKER_TRANSPORT_OPTIONS", '{"password": "hunter2"')
+    with pytest.raises(ConfigurationError) as raised:
+        App()
+    assert "hunter2" not in str(raised.value)
+
+
 def test_explain_names_value_and_source_and_hides_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     Path(".env").write_text("CELERY_TASK_SOFT_TIME_LIMIT=2\nDATABASE_URL=postgresql://u:pw@h/d\n")
     monkeypatch.setenv("CELERY_BROKER_URL", "redis://:hunter2@h/0")
@@ -153,6 +205,12 @@ def test_explain_names_value_and_source_and_hides_secrets(monkeypatch: pytest.Mo
         ("redis://:a@b@host/0", "redis://:********@host/0"),
         ("amqp://u:p@a//;amqp://u:p@b//", "amqp://u:********@a//;amqp://u:********@b//"),
         ("redis://h/0?password=x&db=1", "redis://h/0?password=********&db=1"),
+        ("redis://:p;w@h/0", "redis://:********@h/0"),
+        ("postgresql://u:p/a?s#s@h/d", "postgresql://u:********@h/d"),
+        (["redis://:p@a/0", "redis://b/0"], "[redis://:********@a/0, redis://b/0]"),
+        ({"urls": ["redis://:p@a/0"]}, "{'urls': [redis://:********@a/0]}"),
+        ("s3://bucket?api_key=x", "s3://bucket?api_key=********"),
+        ("azure://Name=n;AccountKey=k==;End=e", "azure://Name=n;AccountKey=********;End=e"),
         ({"password": "x", "user": "u"}, "{'password': ********, 'user': u}"),
     ],
 )

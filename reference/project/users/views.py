@@ -3,7 +3,7 @@ from fastapi.responses import HTMLResponse
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
-from celeriac.fastapi import ReaderDep
+from celeriac.fastapi import ReaderDep, TaskId
 from project import third_party
 from project.deps import AsyncSessionDep, SessionDep
 from project.pages import render
@@ -34,12 +34,12 @@ async def list_users(session: AsyncSessionDep) -> list[UserOut]:
 
 
 @router.get("/form/", response_class=HTMLResponse, include_in_schema=False)
-def form_page(request: Request) -> HTMLResponse:
+async def form_page(request: Request) -> HTMLResponse:
     return render(request, "users/form.html")
 
 
 @router.get("/form_ws/", response_class=HTMLResponse, include_in_schema=False)
-def form_ws_page(request: Request) -> HTMLResponse:
+async def form_ws_page(request: Request) -> HTMLResponse:
     return render(request, "users/form_ws.html")
 
 
@@ -49,7 +49,7 @@ def submit_form(body: UserIn) -> TaskAccepted:
 
 
 @router.get("/task_status/", response_model_exclude_none=True)
-async def task_status(task_id: str, reader: ReaderDep) -> TaskState:
+async def task_status(task_id: TaskId, reader: ReaderDep) -> TaskState:
     found = await reader.snapshot(task_id)
     return TaskState(state=found.state, error=found.error)
 
@@ -59,7 +59,7 @@ def webhook_test() -> str:
     """The blocking way: the caller waits for the third party, and sees its failure."""
     try:
         third_party.subscribe("webhook@example.com")
-    except third_party.TemporaryError as error:
+    except third_party.ThirdPartyError as error:
         raise HTTPException(status.HTTP_502_BAD_GATEWAY, str(error)) from error
     return "pong"
 

@@ -6,7 +6,6 @@ from functools import cached_property
 from pathlib import Path
 
 import httpx
-import kombu.pools
 import psutil
 from celery import Celery
 
@@ -44,12 +43,14 @@ class System:
     def producer(self) -> Celery:
         """A plain Celery app of somebody else's that sends to this system."""
         env = self.env
-        return Celery(
+        app = Celery(
             "producer",
             broker=env["CELERY_BROKER_URL"],
             backend=env["CELERY_RESULT_BACKEND"],
             set_as_current=False,
         )
+        app.conf.broker_pool_limit = 0  # no pool: nothing is left to close
+        return app
 
     def send(self, name: str, *args: object, **options: object) -> str:
         """Send the task to the queue that its name says; its id."""
@@ -83,7 +84,6 @@ class System:
         self.http.close()
         self.third_party.close()
         if "producer" in self.__dict__:
-            kombu.pools.reset()  # type: ignore[no-untyped-call]
             self.producer.backend.result_consumer.stop()
             self.producer.backend.client.close()
         self.runner.stop()

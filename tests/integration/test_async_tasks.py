@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import kombu.pools
 import pytest
 from celery import Celery, Task, chain, chord, group
 from celery.exceptions import Retry
@@ -37,6 +36,7 @@ class Worker:
         self.process: Process = python(*command, *options, cwd=APPS, env=env)
         self.client = Celery("client", broker=broker, backend=backend, set_as_current=False)
         self.client.conf.task_default_queue = self.queue
+        self.client.conf.broker_pool_limit = 0  # no pool: nothing is left to close
 
     def signature(self, name: str, *args: object, **options: object) -> object:
         # The queue goes along: the worker sends what follows, and has another default.
@@ -57,7 +57,6 @@ class Worker:
 
     def close(self) -> None:
         self.process.stop()
-        kombu.pools.reset()  # type: ignore[no-untyped-call]
         self.client.backend.result_consumer.stop()
         self.client.backend.client.close()
         self.notes.close()

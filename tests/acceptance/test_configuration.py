@@ -55,7 +55,7 @@ def test_p28_a_misspelt_option_ends_every_command_with_one_line() -> None:
         ("WS_MESSAGE_QUEUE", "redis://production.example:6379/0"),
     ],
 )
-def test_the_testing_configuration_refuses_what_is_not_on_this_machine(
+def test_p22b_the_testing_configuration_refuses_what_is_not_on_this_machine(
     name: str, value: str
 ) -> None:
     code, _, error = run("import main", FASTAPI_CONFIG="testing", **{name: value})

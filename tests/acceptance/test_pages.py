@@ -131,7 +131,7 @@ def history(page: Page) -> list[str]:
 
 
 @pytest.mark.parametrize("path", FORMS)
-def test_a_form_reaches_success(page: Page, system: System, path: str) -> None:
+def test_p42_p45_a_form_reaches_success(page: Page, system: System, path: str) -> None:
     system.behave(delay=0.6)
     button = page.get_by_role("button", name="Subscribe")
     task_id = submit(page, path)

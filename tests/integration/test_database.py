@@ -33,7 +33,7 @@ def count(database: Database) -> int:
         return found
 
 
-def test_sync_and_async_sessions_see_each_others_commits(database: Database) -> None:
+def test_p21_sync_and_async_sessions_see_each_others_commits(database: Database) -> None:
     with database.session() as session:
         session.execute(text("INSERT INTO t VALUES (1)"))
         session.commit()
@@ -99,14 +99,16 @@ def alembic(url: str, *command: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_migrations_make_what_the_models_say_and_go_back(database_url: str) -> None:
+def test_p24_migrations_make_what_the_models_say_and_go_back(database_url: str) -> None:
     alembic(database_url, "upgrade", "head")
     assert "No new upgrade operations detected" in alembic(database_url, "check")
     alembic(database_url, "downgrade", "base")
     alembic(database_url, "upgrade", "head")
 
 
-def test_autogenerate_finds_the_models_of_every_feature(database_url: str, tmp_path: Path) -> None:
+def test_p26_autogenerate_finds_the_models_of_every_feature(
+    database_url: str, tmp_path: Path
+) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(REFERENCE, copy, ignore=shutil.ignore_patterns("tests", "*.sqlite3*"))
     for migration in (copy / "alembic" / "versions").glob("*.py"):
@@ -136,7 +138,7 @@ def test_autogenerate_finds_the_models_of_every_feature(database_url: str, tmp_p
 
 
 @pytest.mark.parametrize("_", wanted("postgresql", "TEST_DATABASE_URL"))
-def test_a_password_with_an_escaped_at_sign_reaches_postgresql(_: str) -> None:
+def test_p25_a_password_with_an_escaped_at_sign_reaches_postgresql(_: str) -> None:
     server = make_url(given("TEST_DATABASE_URL"))
     address = server.set(drivername="postgresql").render_as_string(hide_password=False)
     role = f"celeriac_{secrets.token_hex(4)}"

@@ -68,7 +68,7 @@ def test_of_two_apps_the_chosen_one_is_meant_and_without_a_choice_the_error_says
         in_new_thread(shared.delay)
 
 
-def test_a_task_sent_through_one_app_never_reaches_the_other(valkey: Valkey) -> None:
+def test_p19_a_task_sent_through_one_app_never_reaches_the_other(valkey: Valkey) -> None:
     apps = [make(f"app{n}", valkey.celery_url.replace("=0", f"={n}")) for n in (1, 2)]
     received: dict[str, set[str]] = {app.main: set() for app in apps}
 

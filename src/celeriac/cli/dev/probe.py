@@ -38,6 +38,8 @@ def _find(target: str, option: str) -> Any:
     try:
         module = importlib.import_module(name)
     except (Exception, SystemExit) as error:  # the application's own code: anything may come
+        if isinstance(error, SystemExit) and str(error.code).startswith("error: "):
+            raise _RefusedError(_reason(error)) from None  # its own words: exit_on_error's
         missing = error.name if isinstance(error, ModuleNotFoundError) else None
         if missing is not None and f"{name}.".startswith(f"{missing}."):
             raise _RefusedError(

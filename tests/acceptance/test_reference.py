@@ -249,10 +249,13 @@ def test_p16_flower_lists_every_task_failed_ones_included(system: System) -> Non
     assert httpx.get(f"{system.flower}/worker/{name.group()}").status_code == 200
 
 
-def test_p23_celerys_own_commands_show_the_configuration(system: System) -> None:
+def test_p23_e02_celerys_own_commands_show_the_configuration_and_the_crontab(
+    system: System,
+) -> None:
     with system.celery("report") as report:
         assert report.wait() == 0
         report.wait_for(r"task_acks_late: True")
+        report.wait_for(r"'schedule': <crontab: 0 3 \* \* \*")
     with system.celery("inspect", "conf") as conf:
         assert conf.wait() == 0
         conf.wait_for(r"task_default_queue")
@@ -291,7 +294,7 @@ def test_p28_a_soft_time_limit_from_the_environment_cuts_a_task(system: System) 
             control.wait()
 
 
-def test_e02_beat_runs_the_interval_and_knows_the_crontab(system: System) -> None:
+def test_e02_beat_runs_the_interval(system: System) -> None:
     system.runner.wait_for(r"Sending due task count-users", count=2)
     system.runner.wait_for(r"project\.users\.tasks\.count_users\[.*succeeded", count=2)
 

@@ -117,8 +117,7 @@ def test_a_revoked_task_ends_as_revoked(system: System) -> None:
     with connect(f"{system.sockets}/ws/task_status/{task_id}") as socket:
         while json.loads(socket.recv(timeout=10))["state"] != "STARTED":
             pass
-        with system.celery("control", "terminate", "SIGTERM", task_id) as control:
-            assert control.wait() == 0
+        system.producer.control.terminate(task_id)
         last = [json.loads(frame) for frame in socket][-1]
     assert last["state"] == "REVOKED"
     assert last["error"]
@@ -190,8 +189,7 @@ def test_e05_a_decorated_task_waits_for_its_next_try_in_sight(system: System) ->
         while (frame := json.loads(socket.recv(timeout=10)))["state"] != "RETRY":
             pass
     assert "the mailing list answered 503" in frame["error"]
-    with system.celery("control", "terminate", "SIGTERM", task_id) as control:
-        assert control.wait() == 0
+    system.producer.control.terminate(task_id)
 
 
 def test_e05_a_programming_error_and_a_final_answer_are_never_tried_again(system: System) -> None:
@@ -279,8 +277,8 @@ def test_p28_a_soft_time_limit_from_the_environment_cuts_a_task(system: System) 
     system.behave(delay=5)
     env = system.env | {"CELERY_TASK_SOFT_TIME_LIMIT": "1"}
     worker = ("-m", "celery", "-A", "main.celery", "worker", "-l", "info", "-Q", "high_priority")
-    with system.celery("control", "cancel_consumer", "high_priority") as control:
-        control.wait()
+    control = system.producer.control
+    assert control.cancel_consumer("high_priority", reply=True)
     try:
         with python(*worker, "-n", "limited@%h", cwd=REFERENCE, env=env) as limited:
             limited.wait_for(r"limited@\S+ ready\.")
@@ -290,8 +288,7 @@ def test_p28_a_soft_time_limit_from_the_environment_cuts_a_task(system: System) 
             assert str(last["error"]).startswith("SoftTimeLimitExceeded")
             limited.stop()
     finally:
-        with system.celery("control", "add_consumer", "high_priority") as control:
-            control.wait()
+        assert control.add_consumer("high_priority", reply=True)
 
 
 def test_e02_beat_runs_the_interval(system: System) -> None:

@@ -772,16 +772,23 @@ def test_sigterm_under_reload_finishes_the_task(
 
 
 def test_beat_starts_over_what_a_killed_one_left(
-    application: tuple[Path, dict[str, str], Celery], tmp_path: Path
+    application: tuple[Path, dict[str, str], Celery], redis_url: str, tmp_path: Path
 ) -> None:
-    folder, env, _ = application
+    folder, env, client = application
+    queue = client.conf.task_default_queue
     (folder / "celerybeat.pid").write_text(f"{os.getpid()}\n")
     before = set(folder.iterdir())
     schedule = Path(env["BEAT_SCHEDULE_FILE"])
     for end, code in [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 0)]:
         command = ("bash", SCRIPTS / "start-celerybeat")
-        with Script(*command, folder=tmp_path, cwd=folder, env=env) as beat:
+        with (
+            Script(*command, folder=tmp_path, cwd=folder, env=env) as beat,
+            Redis.from_url(to_redis_py(redis_url)) as redis,
+        ):
+            redis.delete(queue)
             beat.wait_for(SENDING)
+            # Celery's beat ends with 1 when it is told to end in the middle of sending.
+            eventually(lambda: bool(redis.llen(queue)), "the message is in the queue", 5)
             beat.process.send_signal(end)
             assert beat.wait() == code
         assert list(schedule.parent.glob(f"{schedule.name}*"))

@@ -281,7 +281,9 @@ def test_p28_a_soft_time_limit_from_the_environment_cuts_a_task(system: System) 
     assert control.cancel_consumer("high_priority", reply=True)
     try:
         with python(*worker, "-n", "limited@%h", cwd=REFERENCE, env=env) as limited:
-            limited.wait_for(r"limited@\S+ ready\.")
+            name = limited.wait_for(r"(limited@\S+) ready\.").group(1)
+            (conf,) = system.producer.control.inspect([name]).conf().values()
+            assert conf["task_soft_time_limit"] == 1
             task_id = system.send("high_priority:subscribe_now", "a@example.com")
             last = frames(system, task_id)[-1]
             assert last["state"] == "FAILURE"

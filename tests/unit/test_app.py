@@ -61,7 +61,8 @@ def test_of_two_apps_the_chosen_one_is_meant_and_without_a_choice_the_error_says
         with use_app(second):
             assert shared.app is second
         assert current_app.main == "first"
-        assert in_new_thread(lambda: copy_context().run(lambda: None)) is None
+        context = copy_context()  # as a server takes it along into its threads
+        assert in_new_thread(lambda: context.run(lambda: shared.app)) is first
     with pytest.raises(AmbiguousAppError, match=r"first, second.*use_app"):
         shared.delay()
     with pytest.raises(AmbiguousAppError):

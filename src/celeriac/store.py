@@ -2,7 +2,7 @@
 
 import logging
 from typing import Any
-from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit, urlunsplit
 from weakref import WeakKeyDictionary
 
 import redis
@@ -37,17 +37,6 @@ def redis_url(url: str) -> str:
         query["ssl_cert_reqs"] = query["ssl_cert_reqs"].removeprefix("CERT_").lower()
         return urlunsplit(parts._replace(query=urlencode(query)))
     return url
-
-
-def celery_url(redis_py_url: str) -> str:
-    """A Redis address as redis-py writes it, as Celery writes it."""
-    parts = urlsplit(redis_py_url)
-    if parts.scheme != "unix":
-        return redis_py_url
-    query = dict(parse_qsl(parts.query))
-    database = query.pop("db", "0")
-    path = quote(unquote(parts.path))
-    return f"redis+socket://{parts.netloc}{path}?{urlencode({'virtual_host': database, **query})}"
 
 
 def keep_status_in(app: Celery, url: str) -> None:

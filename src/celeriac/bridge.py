@@ -93,41 +93,20 @@ def _step(coroutine: Coroutine[Any, Any, T]) -> T:
             error = thrown
 
 
-class _Body:
-    """One coroutine on its way through the loop, seen from the thread that waits for it."""
+class Hosted:
+    """A synchronous call inside an asyncio task: what it waits for with `run`, that task awaits."""
 
-    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        self._coroutine = coroutine
-        self._context = copy_context()
-        self._context.run(_tracer.set, stack_key())
-        self._context.run(_runs_direct_calls.set, False)
-        self._host: asyncio.Task[Any] | None = None
-        self._injected: BaseException | None = None
-        self.outcome: Future[Any] = Future()
+    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
+        self._function, self._args = function, args
+        self._task: asyncio.Task[Any] | None = None
+        self._thrown: BaseException | None = None
 
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin, on the loop's thread."""
-        self._host = loop.create_task(self._run(), name="celeriac-body", context=self._context)
-
-    async def _run(self) -> None:
-        """Never raises: a SystemExit, as Celery's WorkerShutdown is, would end the loop with it."""
-        children: Children = set()
-        # The greenlet has a context of its own; what the body starts inherits this one.
-        inside = copy_context()
-        inside.run(_children.set, children)
-        try:
-            value = await self._drive(inside)
-        except BaseException as error:
-            await _cancel(children)
-            self.outcome.set_exception(error)
-        else:
-            await _cancel(children)
-            self.outcome.set_result(value)
-
-    async def _drive(self, context: Context) -> Any:
-        stepper = _Stepper(_step)
-        stepper.gr_context = context
-        waits_for = stepper.switch(self._coroutine)
+    async def run(self, context: Context | None = None) -> Any:
+        """The call's value. `context` is its own; a copy of the current one if not given."""
+        self._task = asyncio.current_task()
+        stepper = _Stepper(self._function)
+        stepper.gr_context = context or copy_context()
+        waits_for = stepper.switch(*self._args)
         while not stepper.dead:
             try:
                 value = await _Await(waits_for)
@@ -140,18 +119,58 @@ class _Body:
         return waits_for
 
     def _reason(self, cancelled: asyncio.CancelledError) -> BaseException:
-        if self._injected is None:
+        if self._thrown is None:
             return cancelled
-        assert self._host is not None
-        self._host.uncancel()
-        injected, self._injected = self._injected, None
-        return injected
+        assert self._task is not None
+        self._task.uncancel()
+        thrown, self._thrown = self._thrown, None
+        return thrown
 
     def throw(self, error: BaseException) -> None:
-        """Raise `error` in the coroutine where it waits; on the loop's thread."""
-        if self._host is not None and not self._host.done():
-            self._injected = error
-            self._host.cancel()
+        """Raise `error` where the call waits; on the loop's thread."""
+        if self._task is not None and not self._task.done():
+            self._thrown = error
+            self._task.cancel()
+
+
+async def call(function: Callable[..., T], *args: Any) -> T:
+    """The value of the synchronous `function`; coroutines that it gives to `run` are awaited here.
+
+    So Celery's own synchronous code can wait for the running loop without blocking it.
+    """
+    value: T = await Hosted(function, *args).run()
+    return value
+
+
+class _Body:
+    """One coroutine on its way through the loop, seen from the thread that waits for it."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
+        self._context = copy_context()
+        self._context.run(_tracer.set, stack_key())
+        self._context.run(_runs_direct_calls.set, False)
+        self._hosted = Hosted(_step, coroutine)
+        self.throw = self._hosted.throw
+        self.outcome: Future[Any] = Future()
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin, on the loop's thread."""
+        loop.create_task(self._run(), name="celeriac-body", context=self._context)
+
+    async def _run(self) -> None:
+        """Never raises: a SystemExit, as Celery's WorkerShutdown is, would end the loop with it."""
+        children: Children = set()
+        # The greenlet has a context of its own; what the body starts inherits this one.
+        inside = copy_context()
+        inside.run(_children.set, children)
+        try:
+            value = await self._hosted.run(inside)
+        except BaseException as error:
+            await _cancel(children)
+            self.outcome.set_exception(error)
+        else:
+            await _cancel(children)
+            self.outcome.set_result(value)
 
 
 async def _cancel(children: Children) -> None:

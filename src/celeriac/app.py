@@ -24,7 +24,7 @@ from celery.signals import (
 from celery.utils.imports import symbol_by_name
 from kombu.entity import Exchange, Queue
 
-from celeriac import backend, bridge, store, task
+from celeriac import amqp, backend, bridge, store, task
 from celeriac.errors import (
     AmbiguousAppError,
     ConfigurationError,
@@ -111,6 +111,7 @@ def _support_async_bodies(app: Celery) -> None:
         ours = task.Task
         app.task_cls = ours if base is celery.Task else type("Task", (ours, base), {})
     task.follow_bodies()
+    amqp.use_amqp(app)
     app.on_after_finalize.connect(_adopt_foreign_tasks)
     worker_process_shutdown.connect(_close_loop)
     worker_shutdown.connect(_close_loop)

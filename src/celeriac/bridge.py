@@ -1,39 +1,41 @@
 """Run a coroutine from Celery's synchronous code, on one persistent event loop per process.
 
-Celery's tracer calls a task's body and wants its value back. `run` starts the body on the process's
-loop, which has a thread of its own and outlives the task, so that what a body opens there (a
-connection pool, an HTTP client) serves the next one too.
+Celery's tracer calls a task's body and wants its value back. `run_body` starts the body on the
+process's loop, which has a thread of its own and outlives the task, so that what a body opens
+there (a connection pool, an HTTP client) serves the next one too.
 
 The body does not run as a plain asyncio task but is stepped inside a greenlet of one: synchronous
 code in the middle of it, such as an eager call of another async task, finds the greenlet and hands
-its own coroutine up instead of waiting for a loop that waits for it.
+its own coroutine up instead of waiting for a loop that waits for it. The pool goes one step
+further and runs the tracer itself in such a greenlet.
 """
 
 import asyncio
 import logging
-import os
 import sys
-import threading
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import Context, ContextVar, copy_context
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 
 from greenlet import getcurrent, greenlet
 
 from celeriac.errors import BodyCancelledError, UnsupportedPoolError
+from celeriac.loop import DaemonThreads, ProcessLoop
 
 logger = logging.getLogger(__name__)
+P = ParamSpec("P")
 T = TypeVar("T")
+
+_BLOCKING_CALLS = 16  # at once, in threads
 
 # Whose request and current task Celery's stacks mean: those of the tracer, wherever the body runs.
 _tracer: ContextVar[object | None] = ContextVar("celeriac_tracer", default=None)
 Children = set[asyncio.Task[Any]]
 # asyncio tasks that the body started.
 _children: ContextVar[Children | None] = ContextVar("celeriac_children", default=None)
-
-
 # Whether a direct call of an async task runs it: see `running_direct_calls`.
 _runs_direct_calls: ContextVar[bool] = ContextVar("celeriac_runs_direct_calls", default=False)
 
@@ -62,6 +64,8 @@ def stack_key() -> object:
 
 class _Stepper(greenlet):  # type: ignore[misc]
     """A greenlet inside an asyncio task; what is switched out of it is awaited by that task."""
+
+    hosted: "Hosted"
 
 
 class _Await:
@@ -96,16 +100,32 @@ def _step(coroutine: Coroutine[Any, Any, T]) -> T:
 class Hosted:
     """A synchronous call inside an asyncio task: what it waits for with `run`, that task awaits."""
 
-    def __init__(self, function: Callable[..., Any], *args: Any) -> None:
-        self._function, self._args = function, args
+    def __init__(
+        self, function: Callable[..., Any], *args: Any, passes_cancellation: bool = False
+    ) -> None:
+        self.function, self._args = function, args
+        # Whether a body that ends cancelled was cancelled by the one who awaits the call.
+        self._passes_cancellation = passes_cancellation
         self._task: asyncio.Task[Any] | None = None
         self._thrown: BaseException | None = None
+        self._bodies = 0
+        self._body_ended = False
+        self.stopped = False
 
-    async def run(self, context: Context | None = None) -> Any:
-        """The call's value. `context` is its own; a copy of the current one if not given."""
+    @property
+    def in_body(self) -> bool:
+        """Whether a task's body waits, not the tracer around it."""
+        return self._bodies > 0
+
+    async def run(self) -> Any:
+        """The call's value."""
         self._task = asyncio.current_task()
-        stepper = _Stepper(self._function)
-        stepper.gr_context = context or copy_context()
+        stepper = _Stepper(self.function)
+        stepper.hosted = self
+        # A context of its own; what runs for it in threads finds its request by `_tracer`.
+        context = stepper.gr_context = copy_context()
+        if context.get(_tracer) is None:
+            context.run(_tracer.set, stepper)
         waits_for = stepper.switch(*self._args)
         while not stepper.dead:
             try:
@@ -132,45 +152,40 @@ class Hosted:
             self._thrown = error
             self._task.cancel()
 
+    def stop(self) -> bool:
+        """Cancel the body, whose outcome is dropped, and say whether that was still possible.
 
-async def call(function: Callable[..., T], *args: Any) -> T:
-    """The value of the synchronous `function`; coroutines that it gives to `run` are awaited here.
+        On the loop's thread. What the tracer does before and after the body is never cut short.
+        """
+        if self._body_ended:
+            return False
+        self.stopped = True
+        if self.in_body and self._task is not None:
+            self._task.cancel()
+        return True
 
-    So Celery's own synchronous code can wait for the running loop without blocking it.
-    """
-    value: T = await Hosted(function, *args).run()
-    return value
-
-
-class _Body:
-    """One coroutine on its way through the loop, seen from the thread that waits for it."""
-
-    def __init__(self, coroutine: Coroutine[Any, Any, Any]) -> None:
-        self._context = copy_context()
-        self._context.run(_tracer.set, stack_key())
-        self._context.run(_runs_direct_calls.set, False)
-        self._hosted = Hosted(_step, coroutine)
-        self.throw = self._hosted.throw
-        self.outcome: Future[Any] = Future()
-
-    def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Begin, on the loop's thread."""
-        loop.create_task(self._run(), name="celeriac-body", context=self._context)
-
-    async def _run(self) -> None:
-        """Never raises: a SystemExit, as Celery's WorkerShutdown is, would end the loop with it."""
+    def body(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        """Run a task's body inside the call's greenlet, and end with it what it started."""
+        if self.stopped:
+            coroutine.close()
+            raise asyncio.CancelledError
         children: Children = set()
-        # The greenlet has a context of its own; what the body starts inherits this one.
-        inside = copy_context()
-        inside.run(_children.set, children)
+        token = _children.set(children)
+        self._bodies += 1
         try:
-            value = await self._hosted.run(inside)
-        except BaseException as error:
-            await _cancel(children)
-            self.outcome.set_exception(error)
-        else:
-            await _cancel(children)
-            self.outcome.set_result(value)
+            return _step(coroutine)
+        except asyncio.CancelledError as error:
+            if self.stopped or self._passes_cancellation:
+                raise
+            raise BodyCancelledError from error
+        finally:
+            self._bodies -= 1
+            self._body_ended = not self._bodies
+            _children.reset(token)
+            if children:
+                _step(_cancel(children))
+            if self.stopped:
+                raise asyncio.CancelledError
 
 
 async def _cancel(children: Children) -> None:
@@ -195,79 +210,114 @@ def _task_factory(
     return task
 
 
-class _Loop:
-    """The process's event loop, in a daemon thread; made on first use, so after the fork."""
-
-    def __init__(self) -> None:
-        self.forget()
-        os.register_at_fork(after_in_child=self.forget)
-
-    def forget(self) -> None:
-        """Start anew: a forked child has neither its parent's thread nor its locks' owners."""
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-
-    def get(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                # In an empty context: the loop would keep the first caller's for ever.
-                self._loop = Context().run(asyncio.new_event_loop)
-                self._loop.set_task_factory(_task_factory)  # type: ignore[arg-type]
-                self._thread = threading.Thread(
-                    target=self._loop.run_forever, name="celeriac-loop", daemon=True
-                )
-                self._thread.start()
-            return self._loop
-
-    def close(self) -> None:
-        """Stop the loop and close it: at the end of a worker process, and in tests."""
-        with self._lock:
-            loop, thread = self._loop, self._thread
-            self._loop = self._thread = None
-        if loop is None or thread is None:
-            return
-        closing = asyncio.run_coroutine_threadsafe(loop.shutdown_asyncgens(), loop)
-        with suppress(Exception):
-            closing.result(timeout=2.0)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(timeout=2.0)
-        if not thread.is_alive():
-            loop.close()
+_process = ProcessLoop(_task_factory)
+_threads = DaemonThreads(_BLOCKING_CALLS, "celeriac-blocking")
 
 
-_process = _Loop()
+def loop() -> asyncio.AbstractEventLoop:
+    """This process's event loop, which runs in a thread of its own."""
+    return _process.get()
 
 
 def close() -> None:
-    """Stop this process's loop; the next `run` makes a new one."""
+    """Stop this process's loop; the next use makes a new one."""
     _process.close()
+
+
+async def call(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The value of the synchronous `function`; coroutines that it gives to `run` are awaited here.
+
+    So Celery's own synchronous code can wait for the running loop without blocking it.
+    """
+    hosted = Hosted(partial(function, *args, **kwargs), passes_cancellation=True)
+    value: T = await hosted.run()
+    return value
+
+
+def hosted() -> bool:
+    """Whether this is synchronous code inside an asyncio task, which `run` does not block."""
+    return isinstance(getcurrent(), _Stepper)
+
+
+def offload(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The value of the blocking `function`, called in a thread where it would block a loop."""
+    if not hosted():
+        return function(*args, **kwargs)
+    context = copy_context()
+    return run(_in_thread(partial(context.run, function, *args, **kwargs)))
+
+
+async def _in_thread(function: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(_threads, function)
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     """The value of `coroutine`, run on the process's loop, in the caller's context.
 
     What is raised in the waiting thread, as Celery's soft time limit is, is raised inside the
-    coroutine instead, where it waits; its `finally` blocks run before this returns.
+    coroutine instead, where it waits; its `finally` blocks run before this returns. Inside a
+    hosted call it runs on the loop that hosts it.
 
-    Raises BodyCancelledError where the coroutine ended with asyncio.CancelledError, and
-    UnsupportedPoolError where gevent or eventlet have replaced threads.
+    Raises UnsupportedPoolError where gevent or eventlet have replaced threads.
     """
-    if isinstance(getcurrent(), _Stepper):
-        return _step(coroutine)  # synchronous code inside a body: its parent awaits for us
+    if hosted():
+        return _step(coroutine)  # its parent awaits for us
+    return _from_thread(_step, coroutine)
+
+
+def run_body(coroutine: Coroutine[Any, Any, T]) -> T:
+    """`run` for the body of a task: what it starts and leaves is cancelled and awaited.
+
+    Raises BodyCancelledError where the coroutine ended with asyncio.CancelledError.
+    """
+    if hosted():
+        return _body_here(coroutine)
+    return _from_thread(_body_here, coroutine)
+
+
+def _body_here(coroutine: Coroutine[Any, Any, T]) -> T:
+    stepper = getcurrent()
+    assert isinstance(stepper, _Stepper)
+    return stepper.hosted.body(coroutine)
+
+
+class _Waiting:
+    """One hosted call on the process's loop, seen from the thread that waits for it."""
+
+    def __init__(self, function: Callable[..., Any], coroutine: Coroutine[Any, Any, Any]) -> None:
+        self._context = copy_context()
+        self._context.run(_tracer.set, stack_key())
+        self._context.run(_runs_direct_calls.set, False)
+        self._hosted = Hosted(function, coroutine)
+        self.throw = self._hosted.throw
+        self.outcome: Future[Any] = Future()
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin, on the loop's thread."""
+        self._task = loop.create_task(self._run(), name="celeriac-body", context=self._context)
+
+    async def _run(self) -> None:
+        """Never raises: a SystemExit, as Celery's WorkerShutdown is, would end the loop with it."""
+        try:
+            value = await self._hosted.run()
+        except BaseException as error:
+            self.outcome.set_exception(error)
+        else:
+            self.outcome.set_result(value)
+
+
+def _from_thread(function: Callable[..., T], coroutine: Coroutine[Any, Any, T]) -> T:
     _refuse_green_threads(coroutine)
-    loop, body = _process.get(), _Body(coroutine)
-    loop.call_soon_threadsafe(body.start, loop)
+    loop, waiting = _process.get(), _Waiting(function, coroutine)
+    loop.call_soon_threadsafe(waiting.start, loop)
     while True:
         try:
-            result: T = body.outcome.result()
+            result: T = waiting.outcome.result()
             return result
         except BaseException as error:
-            if body.outcome.done():
-                if isinstance(error, asyncio.CancelledError):
-                    raise BodyCancelledError from error
+            if waiting.outcome.done():
                 raise
-            loop.call_soon_threadsafe(body.throw, error)
+            loop.call_soon_threadsafe(waiting.throw, error)
 
 
 def _refuse_green_threads(coroutine: Coroutine[Any, Any, Any]) -> None:

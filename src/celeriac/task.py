@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import celery
@@ -27,6 +28,8 @@ def run_async_body(task: celery.Task) -> None:
     body = getattr(task, attribute)
     if is_async(task) and not isinstance(body, _AsyncBody):
         setattr(task, attribute, _AsyncBody(task, body))
+        if task._backend is None and not isinstance(task, Task):
+            task.backend = _Backend(task.app)
         task.request_stack.__ident_func__ = bridge.stack_key
 
 
@@ -43,10 +46,34 @@ class _AsyncBody:
         if direct and not bridge.runs_direct_calls():
             return coroutine
         request.celeriac_running = True
-        result = bridge.run(coroutine)
+        result = bridge.run_body(coroutine)
         if isinstance(result, BaseModel) and self._task._dump_pydantic_arguments is not None:
             return result.model_dump(mode="json")  # as Celery does for a synchronous body
         return result
+
+
+# What the tracer, and a body, have the result backend do, which may block.
+_BLOCKING = frozenset(
+    "store_result mark_as_done mark_as_failure mark_as_retry mark_as_revoked mark_as_started "
+    "get_task_meta get_state get_status get_result get_many set_chord_size apply_chord save_group "
+    "restore_group delete_group forget process_cleanup".split()
+)
+
+
+class _Backend:
+    """An app's result backend for code on an event loop: what blocks is done in a thread."""
+
+    def __init__(self, app: Celery) -> None:
+        self._app = app
+
+    def __getattr__(self, name: str) -> Any:
+        # Celery has a backend for each thread.
+        if name in _BLOCKING and bridge.hosted():
+            return partial(bridge.offload, self._call, name)
+        return getattr(self._app.backend, name)
+
+    def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self._app.backend, name)(*args, **kwargs)
 
 
 class Task(celery.Task):  # type: ignore[misc]
@@ -58,6 +85,17 @@ class Task(celery.Task):  # type: ignore[misc]
         super().__init__()
         if is_async(self):
             self.run: Callable[..., Any] = _AsyncBody(self, self.run)
+
+    @property
+    def backend(self) -> Any:
+        """The result backend."""
+        if self._backend is None and bridge.hosted():
+            return _Backend(self.app)
+        return super().backend
+
+    @backend.setter
+    def backend(self, backend: Any) -> None:
+        self._backend = backend
 
     @classmethod
     def on_bound(cls, app: Celery) -> None:

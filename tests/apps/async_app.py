@@ -16,6 +16,8 @@ celery = celeriac.adopt(
     Celery("async_app", broker=os.environ["BROKER"], backend=os.environ["BACKEND"])
 )
 celery.conf.result_expires = 300
+if "WORKER_POOL" in os.environ:
+    celery.conf.worker_pool = os.environ["WORKER_POOL"]
 notes = Redis.from_url(redis_url(os.environ["BACKEND"]))
 
 

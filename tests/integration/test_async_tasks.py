@@ -19,7 +19,12 @@ from celeriac.store import redis_url
 from support import Process, clean_environment, empty_redis, eventually, given, python, wanted
 
 APPS = Path(__file__).parent.parent / "apps"
-POOLS = {"prefork": ["-c", "2"], "threads": ["-c", "8"], "solo": []}
+POOLS = {
+    "prefork": ["-P", "prefork", "-c", "2"],
+    "threads": ["-P", "threads", "-c", "8"],
+    "solo": ["-P", "solo"],
+    "celeriac": ["-c", "50"],
+}
 BROKERS = ["embedded", *wanted("redis", "TEST_REDIS_URL"), *wanted("rabbitmq", "TEST_AMQP_URL")]
 
 
@@ -31,8 +36,10 @@ class Worker:
         self.queue = f"async-{pool}-{os.getpid()}"
         self.notes = Redis.from_url(redis_url(backend))
         env = clean_environment(BROKER=broker, BACKEND=backend)
+        if pool == "celeriac":
+            env["WORKER_POOL"] = "celeriac.pool:TaskPool"
         command = ["-m", "celery", "-A", "async_app.celery", "worker", "-l", "info", "-E"]
-        options = ["-P", pool, "-Q", self.queue, "-n", f"{pool}@%h", *POOLS[pool]]
+        options = ["-Q", self.queue, "-n", f"{pool}@%h", *POOLS[pool]]
         self.process: Process = python(*command, *options, cwd=APPS, env=env)
         self.client = Celery("client", broker=broker, backend=backend, set_as_current=False)
         self.client.conf.task_default_queue = self.queue

@@ -1,0 +1,47 @@
+"""Celery's sending of messages, made safe to call inside an asyncio task.
+
+A task's tracer sends what follows it, and a body may call `delay`. Where that happens on an event
+loop (see `bridge.hosted`), what blocks is done in a thread and awaited: waiting for a free producer
+as well as sending, or those who hold the producers would never come to give them back.
+"""
+
+from typing import Any
+
+import celery.app.amqp
+from celery import Celery
+from kombu import Producer
+from kombu.pools import ProducerPool
+
+from celeriac import bridge
+
+
+class _Producer(Producer):  # type: ignore[misc]
+    def publish(self, *args: Any, **options: Any) -> Any:
+        return bridge.offload(super().publish, *args, **options)
+
+
+class _Producers(ProducerPool):  # type: ignore[misc]
+    Producer = _Producer
+
+    def acquire(self, *args: Any, **options: Any) -> Any:
+        return bridge.offload(super().acquire, *args, **options)
+
+
+class AMQP(celery.app.amqp.AMQP):  # type: ignore[misc]
+    """Celery's, with producers that never block an event loop."""
+
+    @property
+    def producer_pool(self) -> Any:
+        if self._producer_pool is None:  # Celery empties it after a fork
+            self._producer_pool = _Producers(self.app.pool, limit=self.app.pool.limit)
+        return self._producer_pool
+
+    def _retry_publish(self, publish: Any, *args: Any, **options: Any) -> Any:
+        # Celery waits between its attempts with time.sleep.
+        return bridge.offload(super()._retry_publish, publish, *args, **options)
+
+
+def use_amqp(app: Celery) -> None:
+    """Give `app` these producers, unless it has an AMQP class of its own."""
+    if app.amqp_cls == Celery.amqp_cls and "amqp" not in app.__dict__:
+        app.amqp_cls = AMQP

@@ -1,0 +1,375 @@
+"""A worker pool that runs thousands of `async def` tasks at once on the process's event loop.
+
+`worker_pool = "celeriac.pool:TaskPool"`. Celery's own tracer runs each task, inside a greenlet of
+an asyncio task (see `bridge`), so that a body that waits costs no thread. Synchronous bodies run in
+threads.
+
+The consumer keeps the main thread, and only that thread touches the pool's state and the broker:
+a reconnect never stalls the loop, and a body that blocks the loop never loses the connection.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import copy_context
+from functools import partial
+from typing import Any
+
+from billiard.einfo import ExceptionInfo
+from celery.concurrency.base import BasePool
+from celery.exceptions import SoftTimeLimitExceeded
+from celery.signals import celeryd_init
+from celery.worker import state as worker_state
+
+from celeriac import bridge
+from celeriac.loop import DaemonThreads
+from celeriac.task import is_async
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONCURRENCY = 100  # tasks at once where nobody says how many
+_MOST_THREADS = 100  # for synchronous bodies
+_PATIENCE = 5.0  # seconds for cancelled bodies to clean up, before the process ends without them
+_LOOK_EVERY = 0.5
+
+
+class _JobPid(int):
+    """This process's id as a request keeps it, and gives it back to say which job to end."""
+
+    job: "Job"
+
+
+class Job:
+    """One task on its way through the pool. Celery holds it, weakly, as the pool's result."""
+
+    def __init__(
+        self,
+        name: str,
+        hosted: bridge.Hosted,
+        *,
+        is_async: bool,
+        callback: Callable[..., Any],
+        error_callback: Callable[..., Any],
+        accept_callback: Callable[..., Any],
+        timeout_callback: Callable[..., Any],
+        limits: tuple[float | None, float | None],
+        terminate: Callable[["Job"], None],
+    ) -> None:
+        self.name, self.hosted, self.is_async = name, hosted, is_async
+        self.callback, self.error_callback = callback, error_callback
+        self.accept_callback, self.timeout_callback = accept_callback, timeout_callback
+        self.soft_limit, self.hard_limit = limits
+        self.started = self.revoked = False
+        self.asyncio_task: asyncio.Task[None] | None = None
+        self._terminate = terminate
+
+    def terminate(self, signal: int | None = None) -> None:
+        """Called by Celery's request when it is revoked, cancelled or out of time."""
+        self._terminate(self)
+
+
+class TaskPool(BasePool):  # type: ignore[misc]
+    """Celery's pool interface over one event loop: `concurrency` tasks at once.
+
+    What happens on the loop comes to the main thread through the hub; where the broker's transport
+    has none, the lock is what keeps the pool's state whole.
+    """
+
+    signal_safe = False
+    body_can_be_buffer = True
+
+    def on_start(self) -> None:
+        self._loop = bridge.loop()
+        self._context = copy_context()
+        self._threads = DaemonThreads(min(self.limit, _MOST_THREADS), "celeriac-task")
+        self._hub: Any = None
+        self._lock = threading.RLock()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._called = False
+        self._something_ended = threading.Event()
+        self._running: set[Job] = set()
+        self._threads_used = 0
+        self._waiting: deque[Job] = deque()
+        self._waiting_for_thread: deque[Job] = deque()
+        self._is_async: dict[str, bool] = {}
+        self._told: set[str] = set()
+        self._warn_of_limits()
+
+    def register_with_event_loop(self, hub: Any) -> None:
+        self._hub = hub
+
+    def _warn_of_limits(self) -> None:
+        names = [
+            name
+            for name, task in sorted(self.app.tasks.items())
+            if not name.startswith("celery.")
+            and any(self._limits(task.soft_time_limit, task.time_limit))
+            and not self._task_is_async(name)
+        ]
+        if names:
+            logger.warning(_UNKEPT_LIMITS, ", ".join(names))
+            self._told.update(names)
+
+    def _limits(self, soft: float | None, hard: float | None) -> tuple[float | None, float | None]:
+        return soft or self.options.get("soft_timeout"), hard or self.options.get("timeout")
+
+    def _task_is_async(self, name: str) -> bool:
+        if name not in self._is_async:
+            self._is_async[name] = name in self.app.tasks and is_async(self.app.tasks[name])
+        return self._is_async[name]
+
+    # From here to the next such line: on the main thread.
+
+    def on_apply(
+        self,
+        target: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        *,
+        callback: Callable[..., Any] = lambda *_: None,
+        error_callback: Callable[..., Any] = lambda *_: None,
+        accept_callback: Callable[..., Any] = lambda *_: None,
+        timeout_callback: Callable[..., Any] = lambda *_: None,
+        soft_timeout: float | None = None,
+        timeout: float | None = None,
+        correlation_id: str | None = None,
+        **_: Any,
+    ) -> Job:
+        name = str(args[0]) if args else ""
+        job = Job(
+            f"{name}[{correlation_id}]",
+            bridge.Hosted(partial(target, *args, **kwargs)),
+            is_async=self._task_is_async(name),
+            callback=callback,
+            error_callback=error_callback,
+            accept_callback=accept_callback,
+            timeout_callback=timeout_callback,
+            limits=self._limits(soft_timeout, timeout),
+            terminate=self._terminate,
+        )
+        if self._state != self.RUN:
+            return job  # never started, so never acknowledged: the broker gives it to another
+        if not job.is_async and any((job.soft_limit, job.hard_limit)) and name not in self._told:
+            self._told.add(name)
+            logger.warning(_UNKEPT_LIMITS, name)
+        with self._lock:
+            (self._waiting if job.is_async else self._waiting_for_thread).append(job)
+            self._start_waiting()
+        return job
+
+    def _start_waiting(self) -> None:
+        while self._waiting and len(self._running) < self.limit:
+            self._begin(self._waiting.popleft())
+        free = min(self.limit, _MOST_THREADS)
+        while (
+            self._waiting_for_thread
+            and len(self._running) < self.limit
+            and self._threads_used < free
+        ):
+            self._begin(self._waiting_for_thread.popleft())
+
+    def _begin(self, job: Job) -> None:
+        job.started = True
+        pid = _JobPid(os.getpid())
+        pid.job = job
+        self._running.add(job)
+        self._threads_used += not job.is_async
+        job.accept_callback(pid, time.monotonic())
+        if job.revoked:  # while it waited; accepting it told everybody
+            self._end(job, None)
+        elif job.is_async:
+            self._loop.call_soon_threadsafe(self._spawn, job)
+        else:
+            self._threads.submit(self._call, job)
+
+    def _end(self, job: Job, tell: Callable[[], None] | None) -> None:
+        self._running.discard(job)
+        self._threads_used -= not job.is_async
+        try:
+            if tell is not None:
+                tell()
+        except Exception:
+            logger.exception("the end of %s was not noted", job.name)
+        finally:
+            self._start_waiting()
+
+    def _terminate(self, job: Job) -> None:
+        job.revoked = True
+        if not job.started:
+            with self._lock:
+                for waiting in (self._waiting, self._waiting_for_thread):
+                    if job in waiting:
+                        waiting.remove(job)
+                        self._begin(job)
+        elif job.is_async:
+            self._loop.call_soon_threadsafe(self._stop, job)
+        elif job in self._running:
+            logger.warning(
+                "%s runs on: a thread cannot be interrupted; to end synchronous tasks, run them "
+                "in a worker with --pool prefork",
+                job.name,
+            )
+
+    def terminate_job(self, pid: int, signal: int | None = None) -> None:
+        if isinstance(pid, _JobPid):
+            self._terminate(pid.job)
+
+    def grow(self, n: int = 1) -> None:
+        with self._lock:
+            self.limit += n
+            self._start_waiting()
+
+    def shrink(self, n: int = 1) -> None:
+        self.limit = max(1, self.limit - n)
+
+    def flush(self) -> None:
+        """Forget what waits: the connection that it came over is lost, it will come again."""
+        with self._lock:
+            self._waiting.clear()
+            self._waiting_for_thread.clear()
+
+    def on_close(self) -> None:
+        self.flush()
+
+    def on_stop(self) -> None:
+        """Wait until what runs has ended; in a cold shutdown, what can still be ended."""
+        self._state = self.CLOSE
+        self.flush()
+        if worker_state.should_terminate:
+            self.on_terminate()
+            return
+        while self._running:
+            # Acknowledgements go out and heartbeats beat while the last tasks run.
+            if self._hub is not None and self._hub.readers:
+                self._turn_hub()
+            else:
+                self._wait(_LOOK_EVERY)
+        self._threads.shutdown()
+
+    def _turn_hub(self) -> None:
+        try:
+            self._hub.run_once()
+        except Exception as error:
+            logger.warning("the broker is away while the last tasks run: %s", error)
+            self._hub.reset()
+
+    def _wait(self, timeout: float) -> None:
+        self._something_ended.wait(timeout)
+        self._something_ended.clear()
+        self._answer()
+
+    def on_terminate(self) -> None:
+        """End every body, and give those that clean up a moment."""
+        for job in self._running:
+            if job.is_async:
+                self._loop.call_soon_threadsafe(self._stop, job)
+        deadline = time.monotonic() + _PATIENCE
+        while any(job.is_async for job in self._running):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                break
+            self._wait(left)
+        self._threads.shutdown()
+
+    def _get_info(self) -> dict[str, Any]:
+        info: dict[str, Any] = super()._get_info()
+        soft, hard = self._limits(None, None)
+        info |= {  # in the shape of prefork's, which Flower and others read
+            "max-concurrency": self.limit,
+            "processes": [os.getpid()],
+            "max-tasks-per-child": "N/A",
+            "put-guarded-by-semaphore": False,
+            "timeouts": (soft or 0, hard or 0),
+            "writes": "N/A",
+            "running": len(self._running),
+            "threads": self._threads.count,
+        }
+        return info
+
+    # From here on: on the loop's thread, or on that of a synchronous task.
+
+    def _post(self, callback: Callable[..., None], *args: Any) -> None:
+        """Have `callback` called on the main thread, which may be busy reconnecting."""
+        if self._hub is None:
+            with self._lock:
+                callback(*args)
+            self._something_ended.set()
+            return
+        self._inbox.append(partial(callback, *args))
+        self._something_ended.set()
+        if not self._called:
+            self._called = True
+            self._hub.call_soon(self._answer)
+
+    def _answer(self) -> None:
+        self._called = False
+        while self._inbox:
+            try:
+                callback = self._inbox.popleft()
+            except IndexError:
+                return  # a signal handler was quicker
+            callback()
+
+    def _spawn(self, job: Job) -> None:
+        context = self._context.copy()
+        job.asyncio_task = self._loop.create_task(self._trace(job), name=job.name, context=context)
+
+    async def _trace(self, job: Job) -> None:
+        timers = []
+        if job.soft_limit:
+            timers.append(self._loop.call_later(job.soft_limit, self._out_of_soft_time, job))
+        if job.hard_limit:
+            timers.append(self._loop.call_later(job.hard_limit, self._out_of_time, job))
+        try:
+            value = await job.hosted.run()
+            tell: Callable[[], None] | None = partial(job.callback, value)
+        except BaseException:
+            # Whoever stopped it has told the request; the tracer has stored nothing.
+            tell = None if job.hosted.stopped else partial(job.error_callback, ExceptionInfo())
+        for timer in timers:
+            timer.cancel()
+        self._post(self._end, job, tell)
+
+    def _call(self, job: Job) -> None:
+        try:
+            tell = partial(job.callback, job.hosted.function())
+        except BaseException:
+            tell = partial(job.error_callback, ExceptionInfo())
+        self._post(self._end, job, tell)
+
+    def _stop(self, job: Job) -> bool:
+        stopped = job.hosted.stop()
+        if stopped:
+            self._loop.call_later(_PATIENCE, self._tell_of_stubborn, job)
+        return stopped
+
+    def _tell_of_stubborn(self, job: Job) -> None:
+        if job.asyncio_task is not None and not job.asyncio_task.done():
+            logger.error("%s was cancelled %g s ago and does not end", job.name, _PATIENCE)
+
+    def _out_of_soft_time(self, job: Job) -> None:
+        if job.hosted.in_body and not job.hosted.stopped:
+            job.hosted.throw(SoftTimeLimitExceeded(job.soft_limit))
+            self._post(job.timeout_callback, True, job.soft_limit)
+
+    def _out_of_time(self, job: Job) -> None:
+        if not job.hosted.stopped and self._stop(job):
+            self._post(job.timeout_callback, False, job.hard_limit)
+
+
+@celeryd_init.connect  # type: ignore[untyped-decorator]
+def _default_concurrency(instance: Any, options: Mapping[str, Any], **_: Any) -> None:
+    """Tasks at once cost no processor each here: Celery's default is the processors' number."""
+    conf = instance.app.conf
+    if options.get("pool_cls") is TaskPool and not conf.worker_concurrency:
+        conf.worker_concurrency = DEFAULT_CONCURRENCY
+
+
+_UNKEPT_LIMITS = (
+    "these synchronous tasks run in threads, which cannot be interrupted, so their time limits are "
+    "not kept here: %s; run them in a worker with --pool prefork"
+)

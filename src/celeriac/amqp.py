@@ -9,18 +9,18 @@ from typing import Any
 
 import celery.app.amqp
 from celery import Celery
-from kombu import Producer
+from kombu.messaging import Producer
 from kombu.pools import ProducerPool
 
 from celeriac import bridge
 
 
-class _Producer(Producer):  # type: ignore[misc]
+class _Producer(Producer):
     def publish(self, *args: Any, **options: Any) -> Any:
         return bridge.offload(super().publish, *args, **options)
 
 
-class _Producers(ProducerPool):  # type: ignore[misc]
+class _Producers(ProducerPool):
     Producer = _Producer
 
     def acquire(self, *args: Any, **options: Any) -> Any:
@@ -33,7 +33,8 @@ class AMQP(celery.app.amqp.AMQP):  # type: ignore[misc]
     @property
     def producer_pool(self) -> Any:
         if self._producer_pool is None:  # Celery empties it after a fork
-            self._producer_pool = _Producers(self.app.pool, limit=self.app.pool.limit)
+            pool = self.app.pool
+            self._producer_pool: Any = _Producers(pool, limit=pool.limit)  # type: ignore[no-untyped-call]
         return self._producer_pool
 
     def _retry_publish(self, publish: Any, *args: Any, **options: Any) -> Any:

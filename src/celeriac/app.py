@@ -25,6 +25,7 @@ from celery.utils.imports import symbol_by_name
 from kombu.entity import Exchange, Queue
 
 from celeriac import amqp, backend, bridge, store, task
+from celeriac import lifespan as lifespans
 from celeriac.errors import (
     AmbiguousAppError,
     ConfigurationError,
@@ -76,7 +77,12 @@ _RELIABLE: dict[str, Any] = {
 }
 
 
-def adopt(app: Celery, *, status_store: str | None = None) -> Celery:
+def adopt(
+    app: Celery,
+    *,
+    status_store: str | None = None,
+    lifespan: lifespans.Lifespan | None = None,
+) -> Celery:
     """Make `app` known to celeriac and return it. Its tasks, workers and commands stay as they are.
 
     A sole adopted app becomes the default of shared tasks in every thread; of several, the one
@@ -84,9 +90,14 @@ def adopt(app: Celery, *, status_store: str | None = None) -> Celery:
     of all its tasks become visible while they run. What was configured on purpose stays.
 
     `status_store` is the URL of another Redis than the result backend's, for those who watch.
+    `lifespan(app)` is an asynchronous context manager that every worker process enters before its
+    first task and leaves after its last, on the event loop of its tasks. If it raises, the worker
+    ends with a non-zero exit code and the reason in its log.
     """
     _support_async_bodies(app)
     _adopted.setdefault(app, None)
+    if lifespan is not None:
+        lifespans.keep(app, lifespan)
     if status_store is not None:
         store.keep_status_in(app, status_store)
     app.loader.override_backends = backend.BACKENDS | app.loader.override_backends
@@ -130,14 +141,22 @@ def _adopt_tasks_made_since(instance: Any, **_: Any) -> None:
 
 
 def _close_loop(**_: Any) -> None:
+    lifespans.leave()
     bridge.close()
 
 
-def create_celery(settings: Settings, *, name: str = "celeriac", **options: Any) -> Celery:
+def create_celery(
+    settings: Settings,
+    *,
+    name: str = "celeriac",
+    lifespan: lifespans.Lifespan | None = None,
+    **options: Any,
+) -> Celery:
     """A Celery app made from `settings`, with defaults that lose nothing, adopted.
 
     `options` are Celery's own, by their lower-case names; `settings` win over them, and both over
-    the defaults. Raises ConfigurationError for an option that Celery does not have.
+    the defaults. `lifespan` is `adopt`'s. Raises ConfigurationError for an option that Celery does
+    not have.
     """
     for option in options:
         check_option(option, option)
@@ -150,7 +169,7 @@ def create_celery(settings: Settings, *, name: str = "celeriac", **options: Any)
     app = Celery(name, set_as_current=False)
     app.backend_cls = config["result_backend"]  # which CELERY_RESULT_BACKEND does not beat
     app.conf.update(_without_environment(config))
-    adopt(app, status_store=settings.ws_message_queue)
+    adopt(app, status_store=settings.ws_message_queue, lifespan=lifespan)
     _adopted[app] = settings
     return app
 

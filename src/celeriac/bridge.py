@@ -117,13 +117,13 @@ class Hosted:
         """Whether a task's body waits, not the tracer around it."""
         return self._bodies > 0
 
-    async def run(self) -> Any:
-        """The call's value."""
+    async def run(self, context: Context | None = None) -> Any:
+        """The call's value. `context` is its own; a copy of the current one if not given."""
         self._task = asyncio.current_task()
         stepper = _Stepper(self.function)
         stepper.hosted = self
-        # A context of its own; what runs for it in threads finds its request by `_tracer`.
-        context = stepper.gr_context = copy_context()
+        context = stepper.gr_context = context or copy_context()
+        # What runs for it in threads finds its request by this.
         if context.get(_tracer) is None:
             context.run(_tracer.set, stepper)
         waits_for = stepper.switch(*self._args)
@@ -153,11 +153,11 @@ class Hosted:
             self._task.cancel()
 
     def stop(self) -> bool:
-        """Cancel the body, whose outcome is dropped, and say whether that was still possible.
+        """Cancel the body, whose outcome is dropped, and say whether that was to be done.
 
         On the loop's thread. What the tracer does before and after the body is never cut short.
         """
-        if self._body_ended:
+        if self._body_ended or self.stopped:  # a second time would disturb its `finally` blocks
             return False
         self.stopped = True
         if self.in_body and self._task is not None:

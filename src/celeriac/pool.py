@@ -79,6 +79,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
     has none, the lock is what keeps the pool's state whole.
     """
 
+    limit: int
     signal_safe = False
     body_can_be_buffer = True
 
@@ -342,8 +343,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._post(self._end, job, tell)
 
     def _stop(self, job: Job) -> bool:
-        stopped = job.hosted.stop()
-        if stopped:
+        if stopped := job.hosted.stop():
             self._loop.call_later(_PATIENCE, self._tell_of_stubborn, job)
         return stopped
 
@@ -357,7 +357,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._post(job.timeout_callback, True, job.soft_limit)
 
     def _out_of_time(self, job: Job) -> None:
-        if not job.hosted.stopped and self._stop(job):
+        if self._stop(job):
             self._post(job.timeout_callback, False, job.hard_limit)
 
 

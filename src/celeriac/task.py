@@ -53,11 +53,26 @@ class _AsyncBody:
 
 
 # What the tracer, and a body, have the result backend do, which may block.
-_BLOCKING = frozenset(
-    "store_result mark_as_done mark_as_failure mark_as_retry mark_as_revoked mark_as_started "
-    "get_task_meta get_state get_status get_result get_many set_chord_size apply_chord save_group "
-    "restore_group delete_group forget process_cleanup".split()
-)
+_BLOCKING = {
+    "apply_chord",
+    "delete_group",
+    "forget",
+    "get_many",
+    "get_result",
+    "get_state",
+    "get_status",
+    "get_task_meta",
+    "mark_as_done",
+    "mark_as_failure",
+    "mark_as_retry",
+    "mark_as_revoked",
+    "mark_as_started",
+    "process_cleanup",
+    "restore_group",
+    "save_group",
+    "set_chord_size",
+    "store_result",
+}
 
 
 class _Backend:

@@ -3,7 +3,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from celery import Celery, Task, current_app, shared_task
@@ -33,7 +33,7 @@ def in_new_thread(function: Callable[[], T]) -> T:
         return pool.submit(function).result()
 
 
-def make(name: str, broker: str = "memory://", **options: object) -> Celery:
+def make(name: str, broker: str = "memory://", **options: Any) -> Celery:
     settings = Settings(celery_broker_url=broker, celery_result_backend="cache+memory://")
     return create_celery(settings, name=name, **options)
 

@@ -1,0 +1,150 @@
+"""Tasks that show what a worker's pool does; the environment says which pool and broker."""
+
+import asyncio
+import json
+import os
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from celery import Celery, Task, signals
+from celery.exceptions import SoftTimeLimitExceeded
+from redis import Redis
+
+import celeriac
+from celeriac.store import redis_url
+
+notes = Redis.from_url(redis_url(os.environ["BACKEND"]))
+
+
+def note(key: str, value: object) -> None:
+    """Something that the test shall see."""
+    notes.rpush(f"note:{key}", str(value))
+
+
+@asynccontextmanager
+async def lifespan(app: Celery) -> AsyncIterator[None]:
+    if reason := os.environ.get("FAIL_AT_START"):
+        raise RuntimeError(reason)
+    note("lifespan", f"entered {os.getpid()} {id(asyncio.get_running_loop())}")
+    yield
+    await asyncio.sleep(0.01)
+    note("lifespan", f"left {os.getpid()}")
+
+
+celery = celeriac.adopt(
+    Celery("pool_app", broker=os.environ["BROKER"], backend=os.environ["BACKEND"]),
+    lifespan=lifespan if "LIFESPAN" in os.environ else None,
+)
+if "WORKER_POOL" in os.environ:
+    celery.conf.worker_pool = os.environ["WORKER_POOL"]
+celery.conf.update(json.loads(os.environ.get("CONF", "{}")))
+
+
+@celery.task
+async def wait(seconds: float, key: str = "wait") -> str:
+    note(f"{key}-started", seconds)
+    try:
+        await asyncio.sleep(seconds)
+    except BaseException as error:
+        await asyncio.sleep(0.01)
+        note(f"{key}-ended", type(error).__name__)
+        raise
+    note(f"{key}-ended", "returned")
+    return "waited"
+
+
+@celery.task
+async def stubborn() -> str:
+    """Catches its cancellation and goes on to an end of its own."""
+    try:
+        note("stubborn", "started")
+        await asyncio.sleep(30)
+    except asyncio.CancelledError:
+        note("stubborn", "caught")
+    return "finished all the same"
+
+
+@celery.task
+def block(seconds: float) -> str:
+    note("block-started", seconds)
+    time.sleep(seconds)
+    return "blocked"
+
+
+@celery.task
+async def block_loop(seconds: float) -> str:
+    note("block_loop-started", seconds)
+    time.sleep(seconds)  # noqa: ASYNC251 (what the watch is there for)
+    return "blocked"
+
+
+@celery.task(time_limit=1)
+async def hard() -> None:
+    try:
+        await asyncio.sleep(30)
+    finally:
+        note("hard", "cleaned up")
+
+
+@celery.task(soft_time_limit=1)
+async def soft() -> str:
+    try:
+        await asyncio.sleep(30)
+    except SoftTimeLimitExceeded:
+        await asyncio.sleep(0.01)
+        return "in time"
+    return "never"
+
+
+@celery.task(time_limit=5)
+def limited_and_synchronous() -> None: ...
+
+
+@celery.task(bind=True)
+async def send_on(self: Task, count: int) -> list[str]:
+    """A body that publishes with plain `delay`, on the loop."""
+    sent = [
+        wait.apply_async((0,), {"key": "sent"}, queue=self.request.delivery_info["routing_key"])
+    ]
+    sent += [
+        wait.apply_async((0,), {"key": "sent"}, queue=self.request.delivery_info["routing_key"])
+        for _ in range(count - 1)
+    ]
+    return [result.id for result in sent]
+
+
+@celery.task(bind=True)
+async def parents(self: Task) -> list[str | None]:
+    return [self.request.parent_id, self.request.root_id]
+
+
+@celery.task(bind=True)
+async def send_child(self: Task) -> str:
+    queue = self.request.delivery_info["routing_key"]
+    child: str = parents.apply_async(queue=queue).id
+    return child
+
+
+@celery.task
+async def exit_process() -> None:
+    raise SystemExit(3)
+
+
+@celery.task(rate_limit="2/s")
+async def rated() -> float:
+    return time.time()
+
+
+ran: dict[str, list[str]] = {}
+
+
+@signals.task_prerun.connect
+def before(task_id: str, task: Task, **_: object) -> None:
+    ran.setdefault(task_id, []).append(f"prerun {task.request.id == task_id}")
+
+
+@signals.task_postrun.connect
+def after(task_id: str, task: Task, state: str, **_: object) -> None:
+    ran[task_id].append(f"postrun {task.request.id == task_id} {state}")
+    note(f"signals-{task_id}", ran.pop(task_id))

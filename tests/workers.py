@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from celery import Celery
+from celery.backends.redis import RedisBackend
 from redis import Redis
 
 from celeriac.store import redis_url
@@ -30,7 +31,7 @@ class Worker:
     ) -> None:
         self.app, self.pool = app, pool
         self.queue = f"{app}-{pool}-{os.getpid()}-{secrets.token_hex(3)}"
-        self.notes = Redis.from_url(redis_url(backend))
+        self.notes = Redis.from_url(redis_url(env.get("NOTES", backend)))
         env |= {"BROKER": broker, "BACKEND": backend}
         if pool == "celeriac":
             env["WORKER_POOL"] = "celeriac.pool:TaskPool"
@@ -73,14 +74,19 @@ class Worker:
 
     def close(self) -> None:
         self.process.stop()
-        self.client.backend.result_consumer.stop()
-        # Handles that outlive the server would tell it that nobody waits for them any more.
-        self.client.backend.remove_pending_result = lambda result: None
-        self.client.backend.client.close()
+        if isinstance(self.client.backend, RedisBackend):
+            self.client.backend.result_consumer.stop()
+            # Handles that outlive the server would tell it that nobody waits for them any more.
+            self.client.backend.remove_pending_result = lambda result: None
+            self.client.backend.client.close()
         self.notes.close()
 
     def __enter__(self) -> Self:
-        return self.wait_until_ready()
+        try:
+            return self.wait_until_ready()
+        except BaseException:
+            self.close()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None

@@ -10,11 +10,13 @@ from contextlib import asynccontextmanager
 from celery import Celery, Task, signals
 from celery.exceptions import SoftTimeLimitExceeded
 from redis import Redis
+from sqlalchemy import text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 import celeriac
 from celeriac.store import redis_url
 
-notes = Redis.from_url(redis_url(os.environ["BACKEND"]))
+notes = Redis.from_url(redis_url(os.environ.get("NOTES") or os.environ["BACKEND"]))
 
 
 def note(key: str, value: object) -> None:
@@ -134,6 +136,40 @@ async def exit_process() -> None:
 @celery.task(rate_limit="2/s")
 async def rated() -> float:
     return time.time()
+
+
+@celery.task
+async def tick(seconds: float) -> float:
+    """The longest time for which the loop gave this body no turn."""
+    note("tick-started", seconds)
+    longest, last = 0.0, time.monotonic()
+    end = last + seconds
+    while last < end:
+        await asyncio.sleep(0.02)
+        now = time.monotonic()
+        longest, last = max(longest, now - last), now
+    note("tick", longest)
+    return longest
+
+
+engine = create_async_engine(
+    os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///unused.sqlite3"), pool_timeout=60
+)
+
+
+@celery.task(bind=True, autoretry_for=(ConnectionError,), default_retry_delay=0, retry_jitter=False)
+async def query(self: Task, number: int) -> int:
+    """Uses the process's one engine, twice, since the first try fails."""
+    async with engine.connect() as connection:
+        found: int = (await connection.execute(text("SELECT :x + 0"), {"x": number})).scalar_one()
+    if self.request.retries == 0:
+        raise ConnectionError
+    return found
+
+
+@celery.task
+async def loop_of_this_process() -> tuple[int, int]:
+    return os.getpid(), id(asyncio.get_running_loop())
 
 
 ran: dict[str, list[str]] = {}

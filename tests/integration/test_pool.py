@@ -1,9 +1,11 @@
 """The pool for async tasks: what it keeps of Celery's others, and what it does better."""
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded
@@ -11,7 +13,7 @@ from celery.result import AsyncResult
 
 from celeriac.embedded import Valkey
 from support import empty_redis, eventually, given
-from workers import BROKERS, Worker
+from workers import BROKERS, POOLS, Worker
 
 LATE = json.dumps({"task_acks_late": True, "worker_prefetch_multiplier": 1})
 
@@ -231,3 +233,80 @@ def test_a_soft_shutdown_finishes_what_fits_and_gives_the_rest_back(
         with Worker("pool_app", "celeriac", *servers, "-Q", worker.queue, CONF=LATE):
             assert long.get(timeout=20) == "waited"
         assert worker.notes.llen("note:short-started") == 0  # it did not run again
+
+
+def test_running_bodies_go_on_while_the_broker_is_away(valkey: Valkey, tmp_path: Path) -> None:
+    with Valkey(tmp_path) as broker:
+        urls = broker.celery_url, valkey.celery_url
+        # Acknowledged early: with a message unacknowledged, kombu's own transport does not survive.
+        with Worker("pool_app", "celeriac", *urls) as worker:
+            worker.send("tick", 6)
+            worker.noted("tick-started")
+            broker.stop()
+            worker.process.wait_for("Trying again in")
+            linked = worker.signature("wait", 0)  # cannot be sent: that blocks a thread, no loop
+            assert float(worker.noted("tick")) < 0.5
+            broker.start()
+            assert worker.send("wait", 0, link=linked).get(timeout=30) == "waited"
+
+
+def test_running_bodies_go_on_while_the_result_backend_is_silent(
+    valkey: Valkey, tmp_path: Path
+) -> None:
+    with Valkey(tmp_path) as backend:
+        assert backend.process is not None
+        urls = valkey.celery_url, backend.celery_url
+        with Worker("pool_app", "celeriac", *urls, CONF=LATE, NOTES=valkey.celery_url) as worker:
+            worker.send("tick", 4)
+            worker.noted("tick-started")
+            ends_meanwhile = [worker.send("wait", 0.5, "meanwhile") for _ in range(50)]
+            worker.noted("meanwhile-started")
+            os.kill(backend.process.pid, signal.SIGSTOP)
+            try:
+                assert float(worker.noted("tick")) < 0.5
+            finally:
+                os.kill(backend.process.pid, signal.SIGCONT)
+            assert {result.get(timeout=30) for result in ends_meanwhile} == {"waited"}
+
+
+def test_any_result_backend_works(valkey: Valkey, tmp_path: Path) -> None:
+    backend = f"db+sqlite:///{tmp_path / 'results.sqlite3'}"
+    urls = valkey.celery_url, valkey.celery_url
+    with Worker(
+        "pool_app", "celeriac", *urls, CONF=json.dumps({"result_backend": backend})
+    ) as worker:
+        worker.client.conf.result_backend = backend
+        sent = [worker.send("wait", 0.1) for _ in range(20)]
+        assert {result.get(timeout=30) for result in sent} == {"waited"}
+
+
+def test_a_transport_without_an_event_loop_works(valkey: Valkey, tmp_path: Path) -> None:
+    folders = {name: str(tmp_path / "queue") for name in ("data_folder_in", "data_folder_out")}
+    (tmp_path / "queue").mkdir()
+    options = folders | {"control_folder": str(tmp_path / "control")}
+    conf = json.dumps({"broker_transport_options": options})
+    with Worker("pool_app", "celeriac", "filesystem://", valkey.celery_url, CONF=conf) as worker:
+        worker.client.conf.broker_transport_options = options
+        sent = [worker.send("wait", 0.1) for _ in range(5)]
+        assert {result.get(timeout=30) for result in sent} == {"waited"}
+        assert worker.send("block", 0.1).get(timeout=10) == "blocked"
+        last = worker.send("wait", 1, "last")
+        worker.noted("last-started")
+        worker.process.signal(signal.SIGTERM)
+        assert worker.process.wait() == 0
+        assert last.state == "SUCCESS"
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_one_database_engine_serves_a_thousand_tasks_that_retry(
+    pool: str, valkey: Valkey, database_url: str
+) -> None:
+    driver = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+asyncpg"}
+    scheme, _, rest = database_url.partition(":")
+    url = f"{driver[scheme.partition('+')[0]]}:{rest}"
+    urls = valkey.celery_url, valkey.celery_url
+    with Worker("pool_app", pool, *urls, DATABASE_URL=url) as worker:
+        count = 1000 if pool == "celeriac" else 100
+        sent = [worker.send("query", number) for number in range(count)]
+        assert [result.get(timeout=90) for result in sent] == list(range(count))
+        assert "different loop" not in worker.process.output

@@ -71,7 +71,9 @@ def chosen(part: Part, wanted: str | None) -> list[Row]:
     return [row for row in part.rows if any(word in row.name.lower() for word in words)]
 
 
-def run(part: Part, picked: list[Row], given: argparse.Namespace, url: str, folder: Path) -> report.Table:
+def run(
+    part: Part, picked: list[Row], given: argparse.Namespace, url: str, folder: Path
+) -> report.Table:
     measure = part.measure(given.quick)
     table = report.Table(part.name, part.columns, picked)
     for number in range(given.runs or (1 if given.quick else 3)):
@@ -82,7 +84,9 @@ def run(part: Part, picked: list[Row], given: argparse.Namespace, url: str, fold
                 figures = measure(row, url, folder)
             except RowError as error:
                 table.errors[row.name] = str(error)
-                print(f"{part.name} {number + 1} {row.name}: FAILED {error}", flush=True)
+                print(
+                    f"{part.name} {number + 1} {row.name}: FAILED {str(error)[-500:]}", flush=True
+                )
                 continue
             table.samples[row.name].append(figures)
             shown = ", ".join(f"{name} {figures[name]:.4g}" for name in part.columns)

@@ -1,13 +1,12 @@
 """One row, once: a queue that is worked off, or a process that publishes."""
 
 import json
-import shlex
 import time
 from pathlib import Path
 
 from redis import Redis
 
-from benchmarks.process import Child, RowError, child
+from benchmarks.process import child
 from benchmarks.rows import Row
 
 START = 30.0  # seconds until a worker begins its first task, at most
@@ -19,8 +18,8 @@ Figures = dict[str, float]
 def worked_off(row: Row, redis: str, folder: Path, *, count: int, argument: object) -> Figures:
     """Fill the queue, start the worker, and measure from the first body to the last result.
 
-    Filled by the framework's own publisher, in a process of its own; a worker's start does not
-    count. What had begun when the first body was seen does not count either.
+    Filled by the framework's own publisher, in a process of its own. A worker's start does not
+    count; its first few milliseconds of work are not seen, whose tasks do.
     """
     count = max(1, round(count * row.share))
     ticks = folder / "ticks"
@@ -32,35 +31,29 @@ def worked_off(row: Row, redis: str, folder: Path, *, count: int, argument: obje
 
     with Redis.from_url(redis) as client:
         client.flushdb()
-        sender = f"fill {row.framework.app} {row.task} {shlex.quote(json.dumps(argument))} {count}"
-        _produce(row, sender, folder, {**env, "BENCH_FILL": "1"})
-        if passed():
-            raise RowError("the producer ran the tasks itself")
-        with child(row.command, row.framework.environment, folder / "log", env) as worker:
+        sender = f"{row.framework.app} {row.framework.fill} {row.task}"
+        _produce(row, f"fill {sender} {json.dumps(argument)} {count}", folder, env)
+        command = row.command.replace("{redis}", redis)
+        with child(command, row.framework.environment, folder / "log", env) as worker:
             worker.wait_for(lambda: passed() > 0, START, "first task")
-            start, used, before = time.perf_counter(), worker.cpu(), passed() // 2
+            start, used = time.perf_counter(), worker.cpu()
             worker.wait_for(lambda: passed() >= 2 * count, END, "last task")
             worker.wait_for(lambda: row.framework.left(client, count) <= 0, END, "last result")
             seconds, used = time.perf_counter() - start, worker.cpu() - used
-            return _figures(count, count - before, seconds, used, worker)
-
-
-def _figures(count: int, done: int, seconds: float, used: float, worker: Child) -> Figures:
-    return {
-        "tasks": count,
-        "seconds": seconds,
-        "tasks_per_second": done / seconds,
-        "cpu_us": used / max(done, 1) * 1e6,
-        "peak_mb": worker.peak(),
-    }
+            return {
+                "tasks": count,
+                "seconds": seconds,
+                "tasks_per_second": count / seconds,
+                "cpu_us": used / count * 1e6,
+                "peak_mb": worker.peak(),
+            }
 
 
 def published(row: Row, redis: str, folder: Path, *, count: int, mode: str) -> Figures:
     with Redis.from_url(redis) as client:
         client.flushdb()
     command = f"{mode} {row.framework.app} {row.sender} {count}"
-    figures: Figures = _produce(row, command, folder, {"BENCH_REDIS_URL": redis, **row.env})
-    return figures
+    return _produce(row, command, folder, {"BENCH_REDIS_URL": redis, **row.env})
 
 
 def _produce(row: Row, arguments: str, folder: Path, env: dict[str, str]) -> Figures:

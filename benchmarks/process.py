@@ -44,7 +44,7 @@ class Child:
             self._process = subprocess.Popen(
                 [str(folder / program), *arguments],
                 cwd=ROOT,
-                env=inherited | {"PATH": path, "PYTHONPATH": str(ROOT)} | env,
+                env={**inherited, "PATH": path, "PYTHONPATH": str(ROOT), **env},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -1,6 +1,6 @@
 """One process that publishes, with the framework's own packages: started by the harness.
 
-    python -m benchmarks.producer fill APP TASK ARGUMENT COUNT    fill a queue
+    python -m benchmarks.producer fill APP SENDER TASK ARGUMENT COUNT    fill a queue
     python -m benchmarks.producer handlers APP SENDER COUNT       50 concurrent handlers
     python -m benchmarks.producer once APP FUNCTION COUNT         all in one call
 
@@ -12,7 +12,7 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -60,8 +60,8 @@ async def watch_lag(lags: list[float]) -> None:
         lags.append(time.perf_counter() - before - TICK)
 
 
-async def fill(app: Any, task: str, argument: str, count: int) -> dict[str, float]:
-    async with app.sender(task) as send:
+async def fill(app: Any, sender: str, task: str, argument: str, count: int) -> dict[str, float]:
+    async with getattr(app, sender)(task) as send:
         await spread(send, json.loads(argument) or PAYLOAD, count)
     return {}
 
@@ -98,12 +98,15 @@ async def once(app: Any, function: str, count: int) -> dict[str, float]:
     return {"seconds": seconds, "cpu_us": used / count * 1e6}
 
 
+MODES: dict[str, Callable[..., Coroutine[Any, Any, dict[str, float]]]]
+MODES = {"fill": fill, "handlers": handlers, "once": once}
+
+
 def main(mode: str, app: str, *arguments: str) -> None:
     module = import_module(f"benchmarks.apps.{app}")
     *names, count = arguments
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        measure = {"fill": fill, "handlers": handlers, "once": once}[mode]
-        print(json.dumps(runner.run(measure(module, *names, int(count)))))
+        print(json.dumps(runner.run(MODES[mode](module, *names, int(count)))))
 
 
 if __name__ == "__main__":

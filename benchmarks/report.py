@@ -31,6 +31,7 @@ TITLES = {
 }
 OURS = "ours"  # the app of our rows
 BASELINE = "stock"
+_BETTER = {"tasks_per_second": 1, "messages_per_second": 1, "seconds": -1, "cpu_us": -1}
 
 
 @dataclass
@@ -47,14 +48,13 @@ class Table:
             return {}
         return {name: median(sample[name] for sample in samples) for name in samples[0]}
 
-    def ratio(self, row: Row, other: Row | None) -> float | None:
-        """How many times better `row` is than `other` in the first column."""
-        column = self.columns[0]
+    def ratios(self, row: Row, other: Row | None) -> dict[str, float]:
+        """How many times better `row` is than `other`, in the first column and in CPU."""
         mine, theirs = self.medians(row), self.medians(other) if other else {}
         if not mine or not theirs:
-            return None
-        quotient = mine[column] / theirs[column]
-        return 1 / quotient if column == "seconds" else quotient
+            return {}
+        columns = dict.fromkeys((self.columns[0], "cpu_us"))
+        return {name: (mine[name] / theirs[name]) ** _BETTER[name] for name in columns}
 
     @property
     def baseline(self) -> Row | None:
@@ -63,8 +63,13 @@ class Table:
 
     @property
     def best_peer(self) -> Row | None:
+        column = self.columns[0]
         peers = [row for row in self.rows if row.framework.app not in (OURS, BASELINE)]
-        found = [(self.ratio(row, peers[0]) or 0.0, row) for row in peers]
+        found = [
+            (self.medians(row)[column] ** _BETTER[column], row)
+            for row in peers
+            if self.medians(row)
+        ]
         return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
@@ -110,8 +115,8 @@ def write_json(path: Path, name: str, machine: dict[str, Any], tables: list[Tabl
                         "versions": versions(row.framework),
                         "median": table.medians(row),
                         "samples": table.samples.get(row.name, []),
-                        "to_celery": table.ratio(row, table.baseline),
-                        "to_best_peer": table.ratio(row, table.best_peer),
+                        "to_celery": table.ratios(row, table.baseline),
+                        "to_best_peer": table.ratios(row, table.best_peer),
                         "error": table.errors.get(row.name),
                     }
                     for row in table.rows
@@ -124,24 +129,27 @@ def write_json(path: Path, name: str, machine: dict[str, Any], tables: list[Tabl
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
 
 
-def _number(value: float | None, unit: str = "") -> str:
+def _number(value: float | None) -> str:
     if value is None:
         return ""
-    return f"{value:,.0f}{unit}" if value >= 100 else f"{value:.3g}{unit}"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _table(table: Table) -> str:
-    titles = [TITLES[column] for column in table.columns]
-    head = ["", *titles, "to Celery", "to the best peer", "how"]
-    lines = [head, ["---", *["---:"] * (len(titles) + 2), "---"]]
+    rivals = {"to Celery": table.baseline, "to the best peer": table.best_peer}
+    rivals = {title: rival for title, rival in rivals.items() if rival is not None}
+    head = ["", *(TITLES[column] for column in table.columns), *rivals, "how"]
+    lines = [head, ["---", *["---:"] * (len(head) - 2), "---"]]
     for row in table.rows:
         medians = table.medians(row)
         figures = [_number(medians.get(column)) for column in table.columns]
-        ratios = [table.ratio(row, other) for other in (table.baseline, table.best_peer)]
+        for rival in rivals.values():
+            ratios = table.ratios(row, rival).values()
+            figures.append(" / ".join(f"{_number(ratio)}x" for ratio in ratios))
         note = "failed" if row.name in table.errors else row.note
         if row.share != 1:
             note += f"; {medians.get('tasks', 0):.0f} tasks"
-        lines.append([row.name, *figures, *(_number(ratio, "×") for ratio in ratios), note])
+        lines.append([row.name, *figures, note])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 

@@ -33,13 +33,14 @@ class Framework:
     environment: str  # "main", or the name of benchmarks/*.in
     left: Left  # how many of `count` results are still to be stored
     packages: tuple[str, ...]  # whose versions are reported
+    fill: str = "sender"  # the publisher that fills a worker's queue
 
 
 @dataclass(frozen=True)
 class Row:
     name: str
     framework: Framework
-    command: str = ""  # of the worker
+    command: str = ""  # of the worker; {redis} is the server's URL
     task: str = "noop"
     sender: str = "sender"  # the publisher in the app's module
     env: Mapping[str, str] = field(default_factory=dict)
@@ -49,7 +50,7 @@ class Row:
 
 _REDIS = "celery-task-meta-*"
 CELERY = Framework("stock", "main", keys(_REDIS), ("celery", "kombu", "redis"))
-OURS = Framework("ours", "main", keys(_REDIS), ("celeriac",))
+OURS = Framework("ours", "main", keys(_REDIS), ("celeriac",), fill="delay")
 TASKIQ = Framework("taskiq", "peers", keys("result:*"), ("taskiq", "taskiq-redis", "redis"))
 STREAQ = Framework("streaq", "peers", keys("streaq:default:task:results:*"), ("streaq", "coredis"))
 DRAMATIQ = Framework("dramatiq", "peers", keys("dramatiq-results:*"), ("dramatiq", "redis"))
@@ -73,33 +74,46 @@ WORKER = [
     Row("Celery solo", CELERY, f"{_STOCK} -P solo", note=_LATE),
     Row("celeriac pool", OURS, f"{_OURS} -c 100", env=_POOL, note=f"async def, {_LATE}"),
     Row(
-        *("celeriac pool, sync", OURS, f"{_OURS} -c 100", "noop_sync"),
+        "celeriac pool, sync",
+        OURS,
+        f"{_OURS} -c 100",
+        "noop_sync",
         env=_POOL,
         note=f"def, in the pool's threads, {_LATE}",
     ),
     Row("celeriac prefork -c 2", OURS, f"{_OURS} -c 2", "noop_sync", note=f"def, {_LATE}"),
     Row(
-        *("taskiq list", TASKIQ, f"{_TASKIQ} --max-async-tasks 100"),
+        "taskiq list",
+        TASKIQ,
+        f"{_TASKIQ} --max-async-tasks 100",
         env={"BENCH_BROKER": "list"},
         note="async def, at most once: a list has no acknowledgement",
     ),
     Row(
-        *("taskiq stream", TASKIQ, f"{_TASKIQ} --max-async-tasks 100 --ack-type when_saved"),
+        "taskiq stream",
+        TASKIQ,
+        f"{_TASKIQ} --max-async-tasks 100 --ack-type when_saved",
         note="async def, acknowledged after the result",
     ),
     Row("arq", ARQ, _ARQ, note="async def, at least once"),
     Row("saq", SAQ, _SAQ, note="async def, at least once"),
     Row("streaq", STREAQ, _STREAQ, note="async def, at least once"),
     Row(
-        *("dramatiq", DRAMATIQ, "dramatiq benchmarks.apps.dramatiq -p 1 -t 8"),
+        "dramatiq",
+        DRAMATIQ,
+        "dramatiq benchmarks.apps.dramatiq -p 1 -t 8",
         note="def, acknowledged after the result",
     ),
     Row(
-        *("rq", RQ, "rq worker --quiet -S json -w rq.SimpleWorker"),
+        "rq",
+        RQ,
+        "rq worker --url {redis} --quiet -S json -w rq.SimpleWorker",
         note="def, SimpleWorker: the default forks for each job",
     ),
     Row(
-        *("huey", HUEY, "huey_consumer benchmarks.apps.huey.huey -q -k thread -w 2"),
+        "huey",
+        HUEY,
+        "huey_consumer benchmarks.apps.huey.huey -q -k thread -w 2",
         note="def, at most once: no acknowledgement",
     ),
 ]
@@ -107,21 +121,33 @@ WORKER = [
 _K = {"BENCH_CONCURRENCY": "1000"}
 IO = [
     Row(
-        *("Celery prefork -c 8", CELERY, f"{_STOCK} -P prefork -c 8", "wait"),
+        "Celery prefork -c 8",
+        CELERY,
+        f"{_STOCK} -P prefork -c 8",
+        "wait",
         share=0.25,
         note="def, eight at once",
     ),
     Row(
-        *("Celery threads -c 100", CELERY, f"{_STOCK} -P threads -c 100", "wait"),
+        "Celery threads -c 100",
+        CELERY,
+        f"{_STOCK} -P threads -c 100",
+        "wait",
         note="def, a hundred at once",
     ),
     Row("celeriac pool", OURS, f"{_OURS} -c 1000", "wait", env=_POOL, note=_LATE),
     Row(
-        *("celeriac threads -c 100", OURS, f"{_OURS} -P threads -c 100", "wait"),
+        "celeriac threads -c 100",
+        OURS,
+        f"{_OURS} -P threads -c 100",
+        "wait",
         note="async def, a hundred at once on one loop",
     ),
     Row(
-        *("taskiq list", TASKIQ, f"{_TASKIQ} --max-async-tasks 1000", "wait"),
+        "taskiq list",
+        TASKIQ,
+        f"{_TASKIQ} --max-async-tasks 1000",
+        "wait",
         env={"BENCH_BROKER": "list"},
     ),
     Row("taskiq stream", TASKIQ, f"{_TASKIQ} --max-async-tasks 1000", "wait"),
@@ -149,6 +175,7 @@ PUBLISH = [
 ]
 ONCE = [
     Row("Celery delay() loop", CELERY, sender="delay_loop"),
+    Row("kombu publish batch", CELERY, sender="batch", note="Celery's messages, kombu's batch"),
     Row("celeriac publish_many", OURS, sender="publish_many"),
     Row("celeriac gather(adelay)", OURS, sender="gather"),
 ]

@@ -12,11 +12,8 @@ import celeriac
 from benchmarks.body import PAYLOAD, URL, begin, end
 
 app = celeriac.adopt(Celery("bench", broker=URL, backend=URL))
-app.conf.update(
-    task_acks_late=True,
-    worker_hijack_root_logger=False,
-    worker_pool=os.environ.get("BENCH_POOL", "prefork"),
-)
+app.conf.task_acks_late = True
+app.conf.worker_pool = os.environ.get("BENCH_POOL", "prefork")
 
 
 @app.task

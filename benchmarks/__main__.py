@@ -14,41 +14,30 @@ from benchmarks.measure import Figures, published, worked_off
 from benchmarks.process import RowError, bin_of, server
 from benchmarks.rows import Row
 
-Measure = Callable[[Row, str, Path], Figures]
-
 
 @dataclass(frozen=True)
 class Part:
-    """A table: its rows, and what is measured of each. `quick` takes a tenth of the tasks."""
+    """One table: so many tasks or messages, measured for each of its rows."""
 
     name: str
     rows: list[Row]
-    measure: Callable[[bool], Measure]
+    count: int
+    measure: Callable[..., Figures]  # (row, redis, folder, count=…)
     columns: tuple[str, ...]  # the first is what the ratios are of
 
 
-def _work(count: int, argument: object) -> Callable[[bool], Measure]:
-    return lambda quick: partial(
-        worked_off, count=count // 20 if quick else count, argument=argument
-    )
-
-
-def _publish(count: int, mode: str) -> Callable[[bool], Measure]:
-    return lambda quick: partial(published, count=count // 20 if quick else count, mode=mode)
-
-
 CALLS = ("messages_per_second", "call_p50_ms", "call_p99_ms", "loop_lag_p99_ms", "cpu_us")
+RATE = ("tasks_per_second", "cpu_us", "peak_mb")
+TIME = ("seconds", "cpu_us", "peak_mb")
 BENCHMARKS = {
-    "worker": [
-        Part("noop", rows.WORKER, _work(5000, None), ("tasks_per_second", "cpu_us", "peak_mb"))
-    ],
+    "worker": [Part("noop", rows.WORKER, 5000, partial(worked_off, argument=None), RATE)],
     "io": [
-        Part("wait", rows.IO, _work(2000, 0.1), ("tasks_per_second", "seconds", "peak_mb")),
-        Part("crowd", rows.CROWD, _work(10_000, 1.0), ("seconds", "cpu_us", "peak_mb")),
+        Part("wait", rows.IO, 2000, partial(worked_off, argument=0.1), ("tasks_per_second", *TIME)),
+        Part("crowd", rows.CROWD, 10_000, partial(worked_off, argument=1.0), TIME),
     ],
     "publish": [
-        Part("handlers", rows.PUBLISH, _publish(10_000, "handlers"), CALLS),
-        Part("once", rows.ONCE, _publish(10_000, "once"), ("seconds", "cpu_us")),
+        Part("handlers", rows.PUBLISH, 10_000, partial(published, mode="handlers"), CALLS),
+        Part("once", rows.ONCE, 10_000, partial(published, mode="once"), ("seconds", "cpu_us")),
     ],
 }
 
@@ -74,14 +63,14 @@ def chosen(part: Part, wanted: str | None) -> list[Row]:
 def run(
     part: Part, picked: list[Row], given: argparse.Namespace, url: str, folder: Path
 ) -> report.Table:
-    measure = part.measure(given.quick)
+    count = part.count // 20 if given.quick else part.count
     table = report.Table(part.name, part.columns, picked)
     for number in range(given.runs or (1 if given.quick else 3)):
         for row in picked:
             if row.name in table.errors:
                 continue
             try:
-                figures = measure(row, url, folder)
+                figures = part.measure(row, url, folder, count=count)
             except RowError as error:
                 table.errors[row.name] = str(error)
                 print(

@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 from redis import Redis
@@ -38,7 +39,8 @@ def worked_off(row: Row, redis: str, folder: Path, *, count: int, argument: obje
             worker.wait_for(lambda: passed() > 0, START, "first task")
             start, used = time.perf_counter(), worker.cpu()
             worker.wait_for(lambda: passed() >= 2 * count, END, "last task")
-            worker.wait_for(lambda: row.framework.left(client, count) <= 0, END, "last result")
+            stored = partial(_all_stored, row, client, count)
+            worker.wait_for(stored, END, "last result", every=0.02)  # a look is work for the server
             seconds, used = time.perf_counter() - start, worker.cpu() - used
             return {
                 "tasks": count,
@@ -47,6 +49,10 @@ def worked_off(row: Row, redis: str, folder: Path, *, count: int, argument: obje
                 "cpu_us": used / count * 1e6,
                 "peak_mb": worker.peak(),
             }
+
+
+def _all_stored(row: Row, client: Redis, count: int) -> bool:
+    return row.framework.left(client, count) <= 0
 
 
 def published(row: Row, redis: str, folder: Path, *, count: int, mode: str) -> Figures:

@@ -75,14 +75,16 @@ class Child:
                         total += int(line.split()[1])
         return total / 1024
 
-    def wait_for(self, condition: Callable[[], bool], timeout: float, what: str) -> None:
+    def wait_for(
+        self, condition: Callable[[], bool], timeout: float, what: str, every: float = 0.005
+    ) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             if self._process.poll() is not None:
                 raise RowError(f"ended with {self._process.returncode}: {self.tail()}")
             if time.monotonic() > deadline:
                 raise RowError(f"no {what} in {timeout:g} s: {self.tail()}")
-            time.sleep(0.005)
+            time.sleep(every)
 
     def result(self, timeout: float) -> str:
         """The last line of a program that ends by itself."""

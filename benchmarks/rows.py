@@ -70,7 +70,7 @@ _POOL = {"BENCH_POOL": "celeriac.pool:TaskPool"}
 _LATE = "late acknowledgement"
 WORKER = [
     Row("Celery prefork -c 2", CELERY, f"{_STOCK} -P prefork -c 2", note=_LATE),
-    Row("Celery threads -c 8", CELERY, f"{_STOCK} -P threads -c 8", note=_LATE),
+    Row("Celery threads -c 2", CELERY, f"{_STOCK} -P threads -c 2", note=_LATE),
     Row("Celery solo", CELERY, f"{_STOCK} -P solo", note=_LATE),
     Row("celeriac pool", OURS, f"{_OURS} -c 100", env=_POOL, note=f"async def, {_LATE}"),
     Row(

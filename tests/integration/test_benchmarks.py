@@ -54,7 +54,7 @@ def test_a_row_that_fails_is_reported_and_the_rest_goes_on(
 ) -> None:
     hangs, works = rows.WORKER[:2]
 
-    def measure(row: Row, url: str, folder: Path) -> Figures:
+    def measure(row: Row, url: str, folder: Path, count: int) -> Figures:
         if row is works:
             return {"seconds": 1.0, "cpu_us": 1.0}
         hanging = "import time; print('its last words', flush=True); time.sleep(60)"
@@ -63,7 +63,7 @@ def test_a_row_that_fails_is_reported_and_the_rest_goes_on(
             worker.wait_for(lambda: False, 0.1, "first task")
         return {}
 
-    part = Part("noop", [hangs, works], lambda quick: measure, ("seconds", "cpu_us"))
+    part = Part("noop", [hangs, works], 10, measure, ("seconds", "cpu_us"))
     table = run(part, part.rows, options(["worker", "--runs", "2"]), "", tmp_path)
 
     assert table.errors == {hangs.name: "no first task in 0.1 s: its last words"}

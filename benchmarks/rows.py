@@ -177,5 +177,5 @@ ONCE = [
     Row("Celery delay() loop", CELERY, sender="delay_loop"),
     Row("kombu publish batch", CELERY, sender="batch", note="Celery's messages, kombu's batch"),
     Row("celeriac publish_many", OURS, sender="publish_many"),
-    Row("celeriac gather(adelay)", OURS, sender="gather"),
+    Row("celeriac gather(adelay)", OURS, sender="gather", note="a deadline of 60 s each"),
 ]

@@ -35,7 +35,7 @@ async def wait(seconds: float) -> bool:
     return end()
 
 
-TASKS = {"noop": noop, "noop_sync": noop_sync, "wait": wait}
+TASKS: dict[str, Any] = {"noop": noop, "noop_sync": noop_sync, "wait": wait}
 
 
 @asynccontextmanager
@@ -58,4 +58,6 @@ async def publish_many(count: int) -> None:
 
 
 async def gather(count: int) -> None:
-    await asyncio.gather(*(noop.adelay(PAYLOAD) for _ in range(count)))
+    # Ten thousand at once wait for each other for longer than a call does by default.
+    calls = (noop.aapply_async((PAYLOAD,), publish_timeout=60.0) for _ in range(count))
+    await asyncio.gather(*calls)

@@ -28,7 +28,7 @@ def wait(seconds: float) -> bool:
     return end()
 
 
-TASKS = {"noop": noop, "wait": wait}
+TASKS: dict[str, Any] = {"noop": noop, "wait": wait}
 
 
 @asynccontextmanager

@@ -1,6 +1,7 @@
 """./run bench: every row of a benchmark, interleaved, on one server; medians of the runs."""
 
 import argparse
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -84,6 +85,8 @@ def run(
 
 
 def main() -> None:
+    # SIGTERM ends what was started, as Ctrl-C does: the workers are in sessions of their own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("bench: terminated"))
     given = options(sys.argv[1:])
     parts = BENCHMARKS[given.benchmark]
     picked = [(part, chosen(part, given.rows)) for part in parts]

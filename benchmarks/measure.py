@@ -1,0 +1,69 @@
+"""One row, once: a queue that is worked off, or a process that publishes."""
+
+import json
+import time
+from functools import partial
+from pathlib import Path
+
+from redis import Redis
+
+from benchmarks.process import child
+from benchmarks.rows import Row
+
+START = 30.0  # seconds until a worker begins its first task, at most
+END = 180.0  # and until its last result is stored
+
+Figures = dict[str, float]
+
+
+def worked_off(row: Row, redis: str, folder: Path, *, count: int, argument: object) -> Figures:
+    """Fill the queue, start the worker, and measure from the first body to the last result.
+
+    Filled by the framework's own publisher, in a process of its own. A worker's start does not
+    count; its first few milliseconds of work are not seen, whose tasks do.
+    """
+    count = max(1, round(count * row.share))
+    ticks = folder / "ticks"
+    ticks.unlink(missing_ok=True)
+    env = {"BENCH_REDIS_URL": redis, "BENCH_TICKS": str(ticks), **row.env}
+
+    def passed() -> int:
+        return ticks.stat().st_size if ticks.exists() else 0
+
+    with Redis.from_url(redis) as client:
+        client.flushdb()
+        sender = f"{row.framework.app} {row.framework.fill} {row.task}"
+        _produce(row, f"fill {sender} {json.dumps(argument)} {count}", folder, env)
+        command = row.command.replace("{redis}", redis)
+        with child(command, row.framework.environment, folder / "log", env) as worker:
+            worker.wait_for(lambda: passed() > 0, START, "first task")
+            start, used = time.perf_counter(), worker.cpu()
+            worker.wait_for(lambda: passed() >= 2 * count, END, "last task")
+            stored = partial(_all_stored, row, client, count)
+            worker.wait_for(stored, END, "last result", every=0.02)  # a look is work for the server
+            seconds, used = time.perf_counter() - start, worker.cpu() - used
+            return {
+                "tasks": count,
+                "seconds": seconds,
+                "tasks_per_second": count / seconds,
+                "cpu_us": used / count * 1e6,
+                "peak_mb": worker.peak(),
+            }
+
+
+def _all_stored(row: Row, client: Redis, count: int) -> bool:
+    return row.framework.left(client, count) <= 0
+
+
+def published(row: Row, redis: str, folder: Path, *, count: int, mode: str) -> Figures:
+    with Redis.from_url(redis) as client:
+        client.flushdb()
+    command = f"{mode} {row.framework.app} {row.sender} {count}"
+    return _produce(row, command, folder, {"BENCH_REDIS_URL": redis, **row.env})
+
+
+def _produce(row: Row, arguments: str, folder: Path, env: dict[str, str]) -> Figures:
+    command = f"python -m benchmarks.producer {arguments}"
+    with child(command, row.framework.environment, folder / "producer.log", env) as producer:
+        figures: Figures = json.loads(producer.result(END))
+    return figures

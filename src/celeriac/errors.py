@@ -45,6 +45,26 @@ class ServiceError(CeleriacError):
     """A server that was named does not answer, or refuses us."""
 
 
+class PublishError(ServiceError):
+    """A task was not sent: the broker is away, refuses it, or was silent until the deadline.
+
+    `maybe_accepted` is True where the broker may have taken the message all the same, since the
+    answer is what is missing; sending again with the same `task_id` is then known by its id. The
+    cause is in `__cause__`.
+    """
+
+    def __init__(
+        self, reason: str, *, task_id: str | None = None, maybe_accepted: bool = False
+    ) -> None:
+        super().__init__(reason)
+        self.reason, self.task_id, self.maybe_accepted = reason, task_id, maybe_accepted
+
+    def __str__(self) -> str:
+        task = f"task {self.task_id}" if self.task_id else "the task"
+        outcome = "may have been sent all the same" if self.maybe_accepted else "was not sent"
+        return f"{task} {outcome}: {self.reason}"
+
+
 class LateAdoptionError(CeleriacError):
     """`adopt` was called when tasks had been made already, from another base class."""
 

@@ -17,6 +17,7 @@ import redis
 from celery import Celery
 from celery.backends.redis import RedisBackend
 from kombu.transport import redis as kombu_redis
+from kombu.utils.json import dumps
 from redis.asyncio.connection import AbstractConnection
 
 from celeriac import bridge, store
@@ -84,6 +85,15 @@ class _Channel(kombu_redis.Channel):  # type: ignore[misc]
             )
         return self._made
 
+    def _put(self, queue: str, message: dict[str, Any], **options: Any) -> None:
+        if queue in self._expires:
+            super()._put(queue, message, **options)
+        else:  # without redis-py's layers, which cost more than the command
+            priority = self._get_message_priority(message, reverse=False)
+            self._create_client().execute_command(
+                "LPUSH", self._q_for_pri(queue, priority), dumps(message)
+            )
+
     def new_connection(self) -> AbstractConnection:
         """To this channel's server, for an event loop; not yet open."""
         options = dict(self._connparams())
@@ -119,6 +129,12 @@ class _Producer(kombu.Producer):  # type: ignore[misc]
         finally:
             self._link.waits = True
 
+    def maybe_declare(self, entity: Any, retry: bool = False, **policy: Any) -> Any:
+        # kombu copies a queue, to bind it to the channel, before it looks whether it is declared.
+        if entity.can_cache_declaration and hash(entity) in self._link.declared:
+            return False
+        return super().maybe_declare(entity, retry=False)
+
 
 class Link:
     """What an app needs to publish from one event loop."""
@@ -127,14 +143,15 @@ class Link:
         self._connection = connection
         connection.transport_cls = _Transport
         connection.link = self
+        self.declared = connection.declared_entities
         channel = connection.default_channel
         self.waits = True
         self.pipeline = Pipeline(channel.new_connection, self.forget)
         self.producer = _Producer(self, channel)
         self.event_exchange = app.conf.event_exchange
-        # The app's own has a lock that a thread may hold while it waits for the broker.
-        self.dispatcher = app.events.Dispatcher(connection, enabled=False)
-        self.dispatcher.connection = None
+        # The app's own dispatcher has a lock that a thread may hold while it waits for the broker.
+        dispatcher = app.events.Dispatcher(connection, enabled=False)
+        self.options = {"producer": self.producer, "event_dispatcher": dispatcher}
 
     def execute(self, *commands: Command) -> Any:
         """The reply of the last of `commands`, waited for by the asyncio task around us."""
@@ -146,7 +163,7 @@ class Link:
 
     def forget(self) -> None:
         """Declare queues anew, as they are once for each connection."""
-        self._connection.declared_entities.clear()
+        self.declared.clear()
         self._connection.transport.state.clear()
 
 
@@ -175,12 +192,13 @@ class _Loops:
         self._inherited.append(self._loops)
         self._loops = {}
 
-    def find(self, app: Celery) -> Link | None:
-        """The link of `app` in the running loop. Raises KeyError where none was made yet."""
-        return self._loops[asyncio.get_running_loop()].links[app]
+    async def link(self, app: Celery) -> Link | None:
+        try:
+            return self._loops[asyncio.get_running_loop()].links[app]
+        except KeyError:
+            return await self._make(app)
 
-    async def make(self, app: Celery) -> Link | None:
-        """None where `app` cannot publish from a loop: its broker is no Redis."""
+    async def _make(self, app: Celery) -> Link | None:
         running = asyncio.get_running_loop()
         for loop in [loop for loop in self._loops if loop.is_closed()]:
             del self._loops[loop]
@@ -213,4 +231,9 @@ def _native_connection(app: Celery) -> kombu.Connection | None:
     return connection
 
 
-loops = _Loops()
+_loops = _Loops()
+
+
+async def link(app: Celery) -> Link | None:
+    """What `app` publishes with in the running loop; None where only threads can."""
+    return await _loops.link(app)

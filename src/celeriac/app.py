@@ -24,7 +24,7 @@ from celery.signals import (
 from celery.utils.imports import symbol_by_name
 from kombu.entity import Exchange, Queue
 
-from celeriac import backend, bridge, store, task
+from celeriac import backend, bridge, publish, store, task
 from celeriac.errors import (
     AmbiguousAppError,
     ConfigurationError,
@@ -32,6 +32,7 @@ from celeriac.errors import (
     NoAppError,
 )
 from celeriac.settings import Settings, check_option
+from celeriac.typed import App, typed
 
 # Adopted apps that are alive, with the settings they were made from.
 _adopted: WeakKeyDictionary[Celery, Settings | None] = WeakKeyDictionary()
@@ -76,7 +77,9 @@ _RELIABLE: dict[str, Any] = {
 }
 
 
-def adopt(app: Celery, *, status_store: str | None = None) -> Celery:
+def adopt(
+    app: Celery, *, status_store: str | None = None, publish_timeout: float | None = None
+) -> App:
     """Make `app` known to celeriac and return it. Its tasks, workers and commands stay as they are.
 
     A sole adopted app becomes the default of shared tasks in every thread; of several, the one
@@ -84,8 +87,10 @@ def adopt(app: Celery, *, status_store: str | None = None) -> Celery:
     of all its tasks become visible while they run. What was configured on purpose stays.
 
     `status_store` is the URL of another Redis than the result backend's, for those who watch.
+    `publish_timeout` is the deadline, in seconds, of publishing from coroutines (2 by default).
     """
     _support_async_bodies(app)
+    publish.support(app, publish_timeout)
     _adopted.setdefault(app, None)
     if status_store is not None:
         store.keep_status_in(app, status_store)
@@ -95,7 +100,7 @@ def adopt(app: Celery, *, status_store: str | None = None) -> Celery:
     # Celery's own choice is the app made last in this thread, and none in any other.
     _state._set_current_app(None)
     _state.set_default_app(Proxy(current_app))
-    return app
+    return typed(app)
 
 
 def _support_async_bodies(app: Celery) -> None:
@@ -132,7 +137,7 @@ def _close_loop(**_: Any) -> None:
     bridge.close()
 
 
-def create_celery(settings: Settings, *, name: str = "celeriac", **options: Any) -> Celery:
+def create_celery(settings: Settings, *, name: str = "celeriac", **options: Any) -> App:
     """A Celery app made from `settings`, with defaults that lose nothing, adopted.
 
     `options` are Celery's own, by their lower-case names; `settings` win over them, and both over
@@ -149,9 +154,11 @@ def create_celery(settings: Settings, *, name: str = "celeriac", **options: Any)
     app = Celery(name, set_as_current=False)
     app.backend_cls = config["result_backend"]  # which CELERY_RESULT_BACKEND does not beat
     app.conf.update(_without_environment(config))
-    adopt(app, status_store=settings.ws_message_queue)
+    adopted = adopt(
+        app, status_store=settings.ws_message_queue, publish_timeout=settings.publish_timeout
+    )
     _adopted[app] = settings
-    return app
+    return adopted
 
 
 def _queue(queue: Any) -> Any:

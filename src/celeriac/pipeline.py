@@ -107,7 +107,8 @@ class Pipeline:
         await asyncio.sleep(0)  # in which asyncio closes the socket
 
     async def _run(self, link: _Link) -> None:
-        connection, cause = self._connection(), None
+        connection = self._connection()
+        cause: Exception | None = None
         try:
             await self._connect(connection)
             await until_first(

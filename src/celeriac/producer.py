@@ -1,8 +1,8 @@
 """kombu's producer for Redis, whose commands go over an event loop's pipeline.
 
-Celery's `apply_async` and kombu's transport run unmodified inside a greenlet of the caller's asyncio
-task. Only the client at the very bottom differs: it hands its commands to the pipeline and lets the
-caller's task wait for the reply.
+Celery's `apply_async` and kombu's transport run unmodified inside a greenlet of the caller's
+asyncio task. Only the client at the very bottom differs: it hands its commands to the pipeline and
+lets the caller's task wait for the reply.
 """
 
 import asyncio
@@ -10,12 +10,12 @@ import os
 from collections.abc import AsyncGenerator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
-import kombu
-import redis
 from celery import Celery
 from celery.backends.redis import RedisBackend
+from kombu.connection import Connection
+from kombu.messaging import Producer
 from kombu.transport import redis as kombu_redis
 from kombu.utils.json import dumps
 from redis.asyncio.connection import AbstractConnection
@@ -30,12 +30,10 @@ async def _reply(answer: asyncio.Future[Any]) -> Any:
     return await answer
 
 
-class _Client(kombu_redis.PrefixedStrictRedis):  # type: ignore[misc]
+class _Client(kombu_redis.PrefixedStrictRedis):
     """Writes and reads through the link's pipeline; its own connection pool stays unused."""
 
-    def __init__(self, link: "Link", **options: Any) -> None:
-        self.link = link
-        super().__init__(**options)
+    link: "Link"
 
     def execute_command(self, *args: Any, **_: Any) -> Any:
         if args[0] == "PING":  # kombu's of a new channel: the pipeline tries its connection itself
@@ -53,7 +51,7 @@ class _Client(kombu_redis.PrefixedStrictRedis):  # type: ignore[misc]
         )
 
 
-class _Batch(kombu_redis.PrefixedRedisPipeline):  # type: ignore[misc]
+class _Batch(kombu_redis.PrefixedRedisPipeline):
     """Several commands at once, as kombu declares a queue."""
 
     def __init__(self, link: "Link", *args: Any, **options: Any) -> None:
@@ -69,8 +67,8 @@ class _Batch(kombu_redis.PrefixedRedisPipeline):  # type: ignore[misc]
         return [self._link.execute(command) for command in commands]
 
 
-class _Channel(kombu_redis.Channel):  # type: ignore[misc]
-    _made: redis.Redis | None = None
+class _Channel(kombu_redis.Channel):
+    _made: _Client | None = None
 
     def _get_client(self) -> Any:
         return _Client
@@ -79,9 +77,7 @@ class _Channel(kombu_redis.Channel):  # type: ignore[misc]
         # One for all messages: kombu makes a new one for each, a fifth of what a message costs.
         if self._made is None:
             self._made = _Client(
-                self.connection.client.link,
-                connection_pool=self.pool,
-                global_keyprefix=self.global_keyprefix,
+                connection_pool=self.pool, global_keyprefix=self.global_keyprefix
             )
         return self._made
 
@@ -104,28 +100,29 @@ class _Channel(kombu_redis.Channel):  # type: ignore[misc]
         return store.async_connection(kind, options | {"protocol": 2, "health_check_interval": 0})
 
 
-class _Transport(kombu_redis.Transport):  # type: ignore[misc]
+class _Transport(kombu_redis.Transport):
     Channel = _Channel
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.cycle.poller.close()  # for consumers; it would hold a file descriptor
+        cast(Any, self.cycle).poller.close()  # for consumers; it would hold a file descriptor
 
 
-class _Producer(kombu.Producer):  # type: ignore[misc]
+class _Producer(Producer):
     """Sends once: what retries are there for, a lost connection, the pipeline handles."""
 
     def __init__(self, link: "Link", channel: Any) -> None:
         self._link = link
         super().__init__(channel)
 
-    def publish(self, body: Any, retry: bool = False, **options: Any) -> Any:
+    def publish(self, body: Any, *args: Any, **options: Any) -> Any:
+        options["retry"] = False
         if options.get("exchange") != self._link.event_exchange:
-            return super().publish(body, retry=False, **options)
+            return super().publish(body, *args, **options)
         # Celery's dispatcher holds a lock meanwhile, and the message itself is sent already.
         self._link.waits = False
         try:
-            return super().publish(body, retry=False, **options)
+            return super().publish(body, *args, **options)
         finally:
             self._link.waits = True
 
@@ -139,13 +136,13 @@ class _Producer(kombu.Producer):  # type: ignore[misc]
 class Link:
     """What an app needs to publish from one event loop."""
 
-    def __init__(self, app: Celery, connection: kombu.Connection) -> None:
+    def __init__(self, app: Celery, connection: Connection) -> None:
         self._connection = connection
-        connection.transport_cls = _Transport
-        connection.link = self
-        self.declared = connection.declared_entities
-        channel = connection.default_channel
         self.waits = True
+        connection.transport_cls = _Transport
+        self.declared = connection.declared_entities
+        channel = cast(_Channel, connection.default_channel)
+        channel.client.link = self
         self.pipeline = Pipeline(channel.new_connection, self.forget)
         self.producer = _Producer(self, channel)
         self.event_exchange = app.conf.event_exchange
@@ -221,14 +218,14 @@ class _Loops:
                     await link.pipeline.aclose()
 
 
-def _native_connection(app: Celery) -> kombu.Connection | None:
+def _native_connection(app: Celery) -> Connection | None:
     connection = app.connection_for_write()
     if connection.transport_cls not in ("redis", "rediss") or len(connection.alt) > 1:
         return None
     # That of an app which was not adopted subscribes to each result, waiting for Redis.
     if type(app.backend).on_task_call is RedisBackend.on_task_call:
         return None
-    return connection
+    return cast(Connection, connection)
 
 
 _loops = _Loops()

@@ -1,6 +1,7 @@
 """Publish from a coroutine: Celery's own message, sent without blocking the event loop.
 
-On Redis over one connection of the loop, elsewhere by a few threads. Every call ends at its deadline.
+On Redis over one connection of the loop, elsewhere by a few threads. Every call ends at its
+deadline.
 """
 
 import asyncio
@@ -27,9 +28,12 @@ _START = 8  # of them begun in one tick of the loop: others wait meanwhile
 _timeouts: WeakKeyDictionary[Celery, float] = WeakKeyDictionary()
 
 
-def limit(app: Celery, seconds: float) -> None:
-    """The deadline of calls that give none of their own."""
-    _timeouts[app] = _checked(seconds)
+def support(app: Celery, timeout: float | None) -> None:
+    """Keep the deadline of calls that give none, and let every message of a canvas have it."""
+    if timeout is not None:
+        _timeouts[app] = _checked(timeout)
+    if app.amqp_cls == Celery.amqp_cls and "amqp" not in app.__dict__:
+        app.amqp_cls = threads.AMQP
 
 
 def _checked(seconds: float) -> float:

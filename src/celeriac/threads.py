@@ -20,9 +20,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import celery.app.amqp
-import kombu
 from celery import Celery
+from kombu.connection import Connection
 from kombu.exceptions import OperationalError, SerializationError
+from kombu.messaging import Producer
 from redis.exceptions import RedisError
 
 from celeriac.errors import PublishError
@@ -76,7 +77,7 @@ class Sender:
         dispatcher = app.events.Dispatcher(self._connection, enabled=False)
         self.options = {"producer": self.producer, "event_dispatcher": dispatcher}
 
-    def acquire(self, block: bool = False, timeout: float | None = None) -> kombu.Producer:
+    def acquire(self, block: bool = False, timeout: float | None = None) -> Producer:
         return self.producer
 
     def connect(self) -> float:
@@ -125,37 +126,36 @@ class Sender:
             self._connection.release()
 
 
-class _Producer(kombu.Producer):  # type: ignore[misc]
+class _Producer(Producer):
     """Sends once, over a connection that was just seen alive: a second time might double a task."""
 
-    def __init__(self, sender: Sender, connection: kombu.Connection) -> None:
+    def __init__(self, sender: Sender, connection: Connection) -> None:
         self._sender = sender
         super().__init__(connection)
 
-    def publish(self, body: Any, retry: bool = False, **options: Any) -> Any:
+    def publish(self, body: Any, *args: Any, **options: Any) -> Any:
         with self._sender.broken_by_errors():
             left = self._sender.connect()
             assert self._sender.job is not None
             self._sender.job.sending = True
-            options |= {"timeout": left, "confirm_timeout": left}
-            return super().publish(body, retry=False, **options)
+            options |= {"retry": False, "timeout": left, "confirm_timeout": left}
+            return super().publish(body, *args, **options)
 
 
-def _limit(connection: kombu.Connection, seconds: float) -> None:
+def _limit(connection: Connection, seconds: float) -> None:
     """Let none of the connection's own waits last longer."""
-    options = dict(connection.transport_options)
+    options = dict(connection.transport_options or {})
+    names: tuple[str, ...] = ()
     if connection.transport_cls in ("amqp", "amqps", "pyamqp"):
         names = ("read_timeout", "write_timeout")
     elif connection.transport_cls in ("redis", "rediss", "sentinel"):
         names = ("socket_timeout", "socket_connect_timeout")
-    else:
-        names = ()
     for name in names:
         options[name] = min(options.get(name) or seconds, seconds)
     connection.transport_options = options
 
 
-def _is_stale(connection: kombu.Connection) -> bool:
+def _is_stale(connection: Connection) -> bool:
     """Whether a server that owes nothing has spoken: it closes, or has closed, the connection."""
     if connection.transport.driver_type != "amqp":
         return False  # redis-py looks itself
@@ -233,9 +233,7 @@ class _Threads:
 _threads = _Threads()
 
 
-async def run(
-    app: Celery, send: Callable[[Sender], Any], timeout: float, context: Context
-) -> Any:
+async def run(app: Celery, send: Callable[[Sender], Any], timeout: float, context: Context) -> Any:
     """What `send` gives, run by a thread in `context`. Raises PublishError at the deadline."""
     job = _Job(app, send, timeout, context)
     _threads.submit(job)

@@ -12,7 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import celery
-from celery import Celery
+from celery import Celery, _state
 from celery.canvas import Signature
 from celery.result import AsyncResult
 from celery.utils import uuid
@@ -104,7 +104,8 @@ async def _publish(
     timeout = _timeouts.get(app, TIMEOUT) if timeout is None else _checked(timeout)
     eager = eager and app.conf.task_always_eager
     if eager:
-        return await bridge.call(partial(function, *args, **options))
+        with _eager_runs:
+            return await bridge.call(partial(function, *args, **options))
     try:
         if not canvas and (link := await producer.link(app)) is not None:
             return await _over_link(link, function, args, options, timeout)
@@ -115,7 +116,7 @@ async def _publish(
         def send(sender: threads.Sender) -> Any:
             if canvas:
                 return function(*args, **options)
-            return function(*args, **{**sender.options, **options})
+            return function(*args, **{"producer": sender.producer, **options})
 
         return await threads.run(app, send, timeout, context)
     except PublishError as error:
@@ -137,6 +138,30 @@ async def _over_link(
         return await bridge.Hosted(send).run(context)
     except OperationalError as error:  # what kombu makes of a reply that is an error
         raise PublishError(str(error)) from error
+
+
+class _EagerRuns:
+    """Eager tasks that run at once on one loop.
+
+    Celery's flag that forbids waiting for results inside a task is one for the process. Each run
+    puts back what it found, which is another's where they overlap: the last puts it right.
+    """
+
+    def __init__(self) -> None:
+        self._count, self._found = 0, False
+
+    def __enter__(self) -> None:
+        if self._count == 0:
+            self._found = _state.task_join_will_block()
+        self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if self._count == 0:
+            _state._set_task_join_will_block(self._found)
+
+
+_eager_runs = _EagerRuns()
 
 
 async def publish_many(

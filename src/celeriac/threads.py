@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar
 from types import SimpleNamespace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, finalize
 
 import celery.app.amqp
 from celery import Celery
@@ -73,9 +73,9 @@ class Sender:
         _limit(self._connection, limit)
         self.connections = SimpleNamespace(connection=self._connection)
         self.producer = _Producer(self, self._connection)
-        # The app's own dispatcher has a lock that a thread may hold while it waits for the broker.
-        dispatcher = app.events.Dispatcher(self._connection, enabled=False)
-        self.options = {"producer": self.producer, "event_dispatcher": dispatcher}
+        # With the app, which it must not keep alive: a thread may be idle for long.
+        self._end = finalize(app, _close, self._connection, limit)
+        self._end.atexit = False
 
     def acquire(self, block: bool = False, timeout: float | None = None) -> Producer:
         return self.producer
@@ -120,10 +120,14 @@ class Sender:
             raise
 
     def close(self) -> None:
-        with suppress(Exception):  # whatever a broker's library raises about a lost connection
-            self._connection.collect(self.limit)
-        with suppress(Exception):
-            self._connection.release()
+        self._end()
+
+
+def _close(connection: Connection, seconds: float) -> None:
+    with suppress(Exception):  # whatever a broker's library raises about a lost connection
+        connection.collect(seconds)
+    with suppress(Exception):
+        connection.release()
 
 
 class _Producer(Producer):

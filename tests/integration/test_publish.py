@@ -286,7 +286,7 @@ class Silent:
 
 
 @asynccontextmanager
-async def fails_within(timeout: float, *, lag: float = 0.1) -> AsyncIterator[None]:
+async def fails_within(timeout: float, *, lag: float = 0.15) -> AsyncIterator[None]:
     began = time.perf_counter()
     with lags() as late, pytest.raises(PublishError):
         yield
@@ -329,7 +329,7 @@ def test_a_black_hole_is_a_publish_error_at_the_deadline(scheme: str) -> None:
         assert time.perf_counter() - began < 0.4 + SLACK
         assert {type(each) for each in done} == {PublishError}
         assert not any(each.maybe_accepted for each in done if isinstance(each, PublishError))
-        assert max(late) < 0.2
+        assert max(late) < 0.3
 
     try:
         asyncio.run(publish())

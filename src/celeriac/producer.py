@@ -76,9 +76,7 @@ class _Channel(kombu_redis.Channel):
     def _create_client(self, asynchronous: bool = False) -> Any:
         # One for all messages: kombu makes a new one for each, a fifth of what a message costs.
         if self._made is None:
-            self._made = _Client(
-                connection_pool=self.pool, global_keyprefix=self.global_keyprefix
-            )
+            self._made = _Client(connection_pool=self.pool, global_keyprefix=self.global_keyprefix)
         return self._made
 
     def _put(self, queue: str, message: dict[str, Any], **options: Any) -> None:

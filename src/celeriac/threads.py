@@ -40,6 +40,8 @@ class _Job:
         self, app: Celery, send: Callable[["Sender"], Any], timeout: float, context: Context
     ) -> None:
         self.app, self.send, self.context = app, send, context
+        # Celery keeps one for each thread, and results belong to that of who waits for them.
+        self.backend = app.backend
         self.timeout, self.deadline = timeout, time.monotonic() + timeout
         self.future: Future[Any] = Future()
         self.sending = False  # from here on the broker may have taken it
@@ -60,7 +62,11 @@ class _Job:
     def _run(self, sender: "Sender") -> Any:
         _sender.set((self.app, sender))
         sender.job = self
-        return self.send(sender)
+        self.app._backend = self.backend
+        try:
+            return self.send(sender)
+        finally:
+            self.app._local.__dict__.pop("backend", None)
 
 
 class Sender:

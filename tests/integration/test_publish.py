@@ -1,6 +1,7 @@
 """Publishing from coroutines: Celery's own messages, on every broker, and what goes wrong."""
 
 import asyncio
+import base64
 import json
 import os
 import signal
@@ -10,12 +11,15 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from celery import Celery, chain, chord, group, shared_task, signals
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from kombu.exceptions import EncodeError
 from redis import Redis
 
@@ -23,8 +27,9 @@ import celeriac
 from celeriac import PublishError, adelay, adopt, asend_task, publish_many, use_app
 from celeriac.embedded import Valkey
 from celeriac.errors import PublishManyError
+from celeriac.fastapi import attach
 from celeriac.store import redis_url
-from support import empty_redis, eventually, free_port, given, python, wanted
+from support import empty_redis, eventually, free_port, given, python, run_python, wanted
 
 BROKERS = ["embedded", *wanted("redis", "TEST_REDIS_URL"), *wanted("rabbitmq", "TEST_AMQP_URL")]
 SLACK = 0.5  # seconds after a deadline in which a loaded machine still answers
@@ -183,7 +188,7 @@ def test_the_message_is_that_of_apply_async(app: Celery, name: str) -> None:
     options["link"] = add.s(1)
     add.apply_async((1,), {"y": 2}, **options)
     asyncio.run(add.aapply_async((1,), {"y": 2}, **options))
-    theirs, ours = take(app), take(app)
+    theirs, ours = (eventually(partial(take, app), 5) for _ in range(2))
     assert comparable(ours) == comparable(theirs)
 
 
@@ -219,9 +224,7 @@ def test_a_sent_event_follows_its_message(redis_app: Celery) -> None:
         events.psubscribe("*celeryev*")
         result = asyncio.run(adelay(redis_app.tasks["add"], 1))
         event = eventually(lambda: events.get_message(ignore_subscribe_messages=True), 5)
-        assert result.id in json.dumps(
-            __import__("base64").b64decode(json.loads(event["data"])["body"]).decode()
-        )
+        assert result.id in json.dumps(base64.b64decode(json.loads(event["data"])["body"]).decode())
         events.connection_pool.disconnect()
 
 
@@ -609,3 +612,29 @@ def test_a_task_that_publishes_is_the_parent_of_what_it_sends(redis_app: Celery)
             ("parent", "parent"),
             ("parent", "root"),
         }
+
+
+def test_a_view_answers_503_when_the_broker_is_away() -> None:
+    celery = make_app(f"redis://127.0.0.1:{free_port()}/0")
+    web = FastAPI()
+    attach(web, celery)
+
+    @web.post("/")
+    async def view() -> str:
+        return str((await adelay(celery.tasks["add"], 1)).id)
+
+    with TestClient(web) as client:
+        answer = client.post("/")
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) > 0
+
+
+def test_importing_the_package_loads_no_library() -> None:
+    code = (
+        "import sys, celeriac\n"
+        "assert not {'fastapi', 'flask', 'sqlalchemy', 'redis', 'celery'} & set(sys.modules)\n"
+        "assert len(celeriac.__all__) <= 15\n"
+        "for name in celeriac.__all__: getattr(celeriac, name)\n"
+    )
+    done = run_python("-c", code)
+    assert done.returncode == 0, done.stderr

@@ -12,7 +12,7 @@ from celery import Celery
 from kombu.messaging import Producer
 from kombu.pools import ProducerPool
 
-from celeriac import bridge
+from celeriac import bridge, threads
 
 
 class _Producer(Producer):
@@ -32,6 +32,8 @@ class AMQP(celery.app.amqp.AMQP):  # type: ignore[misc]
 
     @property
     def producer_pool(self) -> Any:
+        if (sender := threads.sender(self.app)) is not None:
+            return sender
         if self._producer_pool is None:  # Celery empties it after a fork
             pool = self.app.pool
             self._producer_pool: Any = _Producers(pool, limit=pool.limit)  # type: ignore[no-untyped-call]

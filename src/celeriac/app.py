@@ -24,7 +24,7 @@ from celery.signals import (
 from celery.utils.imports import symbol_by_name
 from kombu.entity import Exchange, Queue
 
-from celeriac import amqp, backend, bridge, store, task
+from celeriac import backend, bridge, publish, store, task
 from celeriac import lifespan as lifespans
 from celeriac.errors import (
     AmbiguousAppError,
@@ -33,6 +33,7 @@ from celeriac.errors import (
     NoAppError,
 )
 from celeriac.settings import Settings, check_option
+from celeriac.typed import App, typed
 
 # Adopted apps that are alive, with the settings they were made from.
 _adopted: WeakKeyDictionary[Celery, Settings | None] = WeakKeyDictionary()
@@ -81,8 +82,9 @@ def adopt(
     app: Celery,
     *,
     status_store: str | None = None,
+    publish_timeout: float | None = None,
     lifespan: lifespans.Lifespan | None = None,
-) -> Celery:
+) -> App:
     """Make `app` known to celeriac and return it. Its tasks, workers and commands stay as they are.
 
     A sole adopted app becomes the default of shared tasks in every thread; of several, the one
@@ -90,11 +92,13 @@ def adopt(
     of all its tasks become visible while they run. What was configured on purpose stays.
 
     `status_store` is the URL of another Redis than the result backend's, for those who watch.
+    `publish_timeout` is the deadline, in seconds, of publishing from coroutines (2 by default).
     `lifespan(app)` is an asynchronous context manager that every worker process enters before its
     first task and leaves after its last, on the event loop of its tasks. If it raises, the worker
     ends with a non-zero exit code and the reason in its log.
     """
     _support_async_bodies(app)
+    publish.support(app, publish_timeout)
     _adopted.setdefault(app, None)
     if lifespan is not None:
         lifespans.keep(app, lifespan)
@@ -106,7 +110,7 @@ def adopt(
     # Celery's own choice is the app made last in this thread, and none in any other.
     _state._set_current_app(None)
     _state.set_default_app(Proxy(current_app))
-    return app
+    return typed(app)
 
 
 def _support_async_bodies(app: Celery) -> None:
@@ -122,7 +126,6 @@ def _support_async_bodies(app: Celery) -> None:
         ours = task.Task
         app.task_cls = ours if base is celery.Task else type("Task", (ours, base), {})
     task.follow_bodies()
-    amqp.use_amqp(app)
     app.on_after_finalize.connect(_adopt_foreign_tasks)
     worker_process_shutdown.connect(_close_loop)
     worker_shutdown.connect(_close_loop)
@@ -151,7 +154,7 @@ def create_celery(
     name: str = "celeriac",
     lifespan: lifespans.Lifespan | None = None,
     **options: Any,
-) -> Celery:
+) -> App:
     """A Celery app made from `settings`, with defaults that lose nothing, adopted.
 
     `options` are Celery's own, by their lower-case names; `settings` win over them, and both over
@@ -169,9 +172,14 @@ def create_celery(
     app = Celery(name, set_as_current=False)
     app.backend_cls = config["result_backend"]  # which CELERY_RESULT_BACKEND does not beat
     app.conf.update(_without_environment(config))
-    adopt(app, status_store=settings.ws_message_queue, lifespan=lifespan)
+    adopted = adopt(
+        app,
+        status_store=settings.ws_message_queue,
+        publish_timeout=settings.publish_timeout,
+        lifespan=lifespan,
+    )
     _adopted[app] = settings
-    return app
+    return adopted
 
 
 def _queue(queue: Any) -> Any:

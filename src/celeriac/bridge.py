@@ -62,6 +62,13 @@ def stack_key() -> object:
     return _tracer.get() or getcurrent()
 
 
+def context_of_tracer() -> Context:
+    """A copy of the current context in which Celery's stacks stay those of here, elsewhere too."""
+    context = copy_context()
+    context.run(_tracer.set, stack_key())
+    return context
+
+
 class _Stepper(greenlet):  # type: ignore[misc]
     """A greenlet inside an asyncio task; what is switched out of it is awaited by that task."""
 

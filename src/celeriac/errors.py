@@ -1,8 +1,9 @@
 """Every error that celeriac raises on its own account. The message names the remedy."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 
 class CeleriacError(Exception):
@@ -43,6 +44,46 @@ class RedisNotFoundError(CeleriacError):
 
 class ServiceError(CeleriacError):
     """A server that was named does not answer, or refuses us."""
+
+
+class PublishError(ServiceError):
+    """A task was not sent: the broker is away, refuses it, or was silent until the deadline.
+
+    `maybe_accepted` is True where the broker may have taken the message all the same, since the
+    answer is what is missing; sending again with the same `task_id` is then known by its id. The
+    cause is in `__cause__`.
+    """
+
+    def __init__(
+        self, reason: str, *, task_id: str | None = None, maybe_accepted: bool = False
+    ) -> None:
+        super().__init__(reason)
+        self.reason, self.task_id, self.maybe_accepted = reason, task_id, maybe_accepted
+
+    def __str__(self) -> str:
+        task = f"task {self.task_id}" if self.task_id else "the task"
+        outcome = "may have been sent all the same" if self.maybe_accepted else "was not sent"
+        return f"{task} {outcome}: {self.reason}"
+
+
+class PublishManyError(PublishError):
+    """Of several messages, not all were sent.
+
+    `outcomes` has, in the order of the signatures, the AsyncResult of each that was accepted and a
+    PublishError for each other one.
+    """
+
+    def __init__(self, outcomes: Sequence[Any]) -> None:
+        self.outcomes = list(outcomes)
+        failed = [each for each in self.outcomes if isinstance(each, PublishError)]
+        tried = [each for each in failed if each.__cause__ or each.maybe_accepted] or failed
+        super().__init__(
+            tried[0].reason, maybe_accepted=any(each.maybe_accepted for each in failed)
+        )
+        self._counts = f"{len(failed)} of {len(self.outcomes)} messages"
+
+    def __str__(self) -> str:
+        return f"{self._counts} were not sent, or not surely: {self.reason}"
 
 
 class LateAdoptionError(CeleriacError):

@@ -21,7 +21,8 @@ from starlette.websockets import WebSocketDisconnect
 
 from celeriac.app import use_app
 from celeriac.errors import ServiceError
-from celeriac.status import Reader, Status, until_first
+from celeriac.race import until_first
+from celeriac.status import Reader, Status
 
 _SAFE_METHODS = {"GET", "HEAD", "OPTIONS", "TRACE"}
 _FIRST_FRAME = 5.0  # seconds; a status store that is silent for longer is away

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr, ValidationError, model_validator
 from pydantic_settings import (
     BaseSettings,
     DotEnvSettingsSource,
@@ -66,6 +66,7 @@ class Settings(BaseSettings):
     celery_broker_url: str = "redis://127.0.0.1:6379/0"
     celery_result_backend: str = "redis://127.0.0.1:6379/0"
     ws_message_queue: str | None = None
+    publish_timeout: float = Field(default=2.0, gt=0)  # seconds
 
     _given: frozenset[str] = PrivateAttr(default=frozenset())
     _undeclared: dict[str, tuple[Any, str]] = PrivateAttr(default_factory=dict)

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Self
@@ -21,6 +21,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from celeriac import store
 from celeriac.errors import ServiceError
+from celeriac.race import until_first
 
 logger = logging.getLogger(__name__)
 
@@ -82,25 +83,6 @@ def _describe(error: Any) -> str:
         kind, message = type(error).__name__, str(error)
     line = " ".join(f"{kind}: {message}".split()).removesuffix(":")
     return line if len(line) <= 500 else line[:499] + "…"
-
-
-async def until_first(**coroutines: Coroutine[Any, Any, None]) -> None:
-    """Run them as tasks of these names until the first ends; the others are cancelled.
-
-    Raises what ended one of them.
-    """
-    tasks = [
-        asyncio.create_task(each, name=f"celeriac-{name}") for name, each in coroutines.items()
-    ]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
-    for error in ended:
-        if isinstance(error, Exception):
-            raise error
 
 
 class _Follower:

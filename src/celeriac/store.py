@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 _urls: WeakKeyDictionary[Celery, str] = WeakKeyDictionary()
 
 _REDIS_SCHEMES = {"redis", "rediss", "redis+socket", "unix"}
-_ASYNC_CONNECTIONS = {
+ASYNC_CONNECTIONS = {
     redis.Connection: redis.asyncio.Connection,
     redis.SSLConnection: redis.asyncio.SSLConnection,
     redis.UnixDomainSocketConnection: redis.asyncio.UnixDomainSocketConnection,
@@ -77,15 +77,19 @@ def status_connection(app: Celery) -> AbstractConnection | None:
     elif isinstance(app.backend, RedisBackend) and not isinstance(app.backend, SentinelBackend):
         options = dict(app.backend.connparams)
         options.pop("max_connections", None)
-        kind = _ASYNC_CONNECTIONS[options.pop("connection_class", redis.Connection)]
+        kind = ASYNC_CONNECTIONS[options.pop("connection_class", redis.Connection)]
     else:
         return None
     # RESP3: replies and messages come over one connection, in the order in which they were made.
-    options |= {"protocol": 3, "decode_responses": False}
+    return async_connection(kind, options | {"protocol": 3})
+
+
+def async_connection(kind: type[AbstractConnection], options: dict[str, Any]) -> AbstractConnection:
+    """A new connection, not yet open, that waits for ever: the caller sets the limits."""
+    options = options | {"decode_responses": False}
     # redis-py keeps these with asyncio.wait_for, which loses a cancellation before Python 3.12.
     options |= {"socket_timeout": None, "socket_connect_timeout": None}
-    connection: AbstractConnection = kind(**options)
-    return connection
+    return kind(**options)
 
 
 def task_key(app: Celery, task_id: str) -> bytes:

@@ -1,15 +1,16 @@
 """The task base class: `async def` bodies, in every pool of Celery's."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import celery
 from celery import Celery, _state
+from celery.result import AsyncResult
 from pydantic import BaseModel
 
-from celeriac import bridge
+from celeriac import bridge, publish
 
 
 def is_async(task: celery.Task) -> bool:
@@ -116,6 +117,23 @@ class Task(celery.Task):  # type: ignore[misc]
     def on_bound(cls, app: Celery) -> None:
         super().on_bound(app)
         cls.request_stack.__ident_func__ = bridge.stack_key
+
+    async def adelay(self, /, *args: Any, **kwargs: Any) -> AsyncResult:
+        """`delay` without blocking the event loop. Raises PublishError within the deadline."""
+        return await publish.aapply_async(self, args, kwargs)
+
+    async def aapply_async(
+        self,
+        args: Iterable[Any] | None = None,
+        kwargs: dict[str, Any] | None = None,
+        *,
+        publish_timeout: float | None = None,
+        **options: Any,
+    ) -> AsyncResult:
+        """`apply_async` without blocking the event loop; see `celeriac.publish.aapply_async`."""
+        return await publish.aapply_async(
+            self, args, kwargs, publish_timeout=publish_timeout, **options
+        )
 
 
 def follow_bodies() -> None:

@@ -15,8 +15,9 @@ import pytest
 from celery import Celery, states
 from redis import Redis
 
-from celeriac import ConfigurationError, ServiceError, adopt
+from celeriac import ConfigurationError, adopt
 from celeriac.embedded import Valkey
+from celeriac.errors import ServiceError
 from celeriac.status import Reader, Status
 from celeriac.store import redis_url, status_connection
 from support import eventually, free_port

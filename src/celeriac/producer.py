@@ -1,0 +1,234 @@
+"""kombu's producer for Redis, whose commands go over an event loop's pipeline.
+
+Celery's `apply_async` and kombu's transport run unmodified inside a greenlet of the caller's
+asyncio task. Only the client at the very bottom differs: it hands its commands to the pipeline and
+lets the caller's task wait for the reply.
+"""
+
+import asyncio
+import os
+from collections.abc import AsyncGenerator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from celery import Celery
+from celery.backends.redis import RedisBackend
+from kombu.connection import Connection
+from kombu.messaging import Producer
+from kombu.transport import redis as kombu_redis
+from kombu.utils.json import dumps
+from redis.asyncio.connection import AbstractConnection
+
+from celeriac import bridge, store
+from celeriac.pipeline import Command, Pipeline
+
+deadline: ContextVar[float] = ContextVar("celeriac_publish_deadline")  # in the loop's time
+
+
+async def _reply(answer: asyncio.Future[Any]) -> Any:
+    return await answer
+
+
+class _Client(kombu_redis.PrefixedStrictRedis):
+    """Writes and reads through the link's pipeline; its own connection pool stays unused."""
+
+    link: "Link"
+
+    def execute_command(self, *args: Any, **_: Any) -> Any:
+        if args[0] == "PING":  # kombu's of a new channel: the pipeline tries its connection itself
+            return True
+        return self.link.execute(tuple(self._prefix_args(args)))
+
+    def pipeline(self, transaction: bool = True, shard_hint: Any = None) -> "_Batch":
+        return _Batch(
+            self.link,
+            self.connection_pool,
+            self.response_callbacks,
+            transaction,
+            shard_hint,
+            global_keyprefix=self.global_keyprefix,
+        )
+
+
+class _Batch(kombu_redis.PrefixedRedisPipeline):
+    """Several commands at once, as kombu declares a queue."""
+
+    def __init__(self, link: "Link", *args: Any, **options: Any) -> None:
+        self._link = link
+        super().__init__(*args, **options)
+
+    def execute(self, raise_on_error: bool = True) -> Any:
+        commands: list[Command] = [args for args, _ in self.command_stack]
+        transaction = self.explicit_transaction or self.transaction
+        self.reset()
+        if transaction:
+            return self._link.execute(("MULTI",), *commands, ("EXEC",))
+        return [self._link.execute(command) for command in commands]
+
+
+class _Channel(kombu_redis.Channel):
+    _made: _Client | None = None
+
+    def _get_client(self) -> Any:
+        return _Client
+
+    def _create_client(self, asynchronous: bool = False) -> Any:
+        # One for all messages: kombu makes a new one for each, a fifth of what a message costs.
+        if self._made is None:
+            self._made = _Client(connection_pool=self.pool, global_keyprefix=self.global_keyprefix)
+        return self._made
+
+    def _put(self, queue: str, message: dict[str, Any], **options: Any) -> None:
+        if queue in self._expires:
+            super()._put(queue, message, **options)
+        else:  # without redis-py's layers, which cost more than the command
+            priority = self._get_message_priority(message, reverse=False)
+            self._create_client().execute_command(
+                "LPUSH", self._q_for_pri(queue, priority), dumps(message)
+            )
+
+    def new_connection(self) -> AbstractConnection:
+        """To this channel's server, for an event loop; not yet open."""
+        options = dict(self._connparams())
+        for name in ("max_connections", "retry_on_timeout"):
+            options.pop(name, None)
+        kind = store.ASYNC_CONNECTIONS[options.pop("connection_class")]
+        # Every command has one reply: no pushes, which RESP3 has. The reader sees a lost server.
+        return store.async_connection(kind, options | {"protocol": 2, "health_check_interval": 0})
+
+
+class _Transport(kombu_redis.Transport):
+    Channel = _Channel
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        cast(Any, self.cycle).poller.close()  # for consumers; it would hold a file descriptor
+
+
+class _Producer(Producer):
+    """Sends once: what retries are there for, a lost connection, the pipeline handles."""
+
+    def __init__(self, link: "Link", channel: Any) -> None:
+        self._link = link
+        super().__init__(channel)
+
+    def publish(self, body: Any, *args: Any, **options: Any) -> Any:
+        options["retry"] = False
+        if options.get("exchange") != self._link.event_exchange:
+            return super().publish(body, *args, **options)
+        # Celery's dispatcher holds a lock meanwhile, and the message itself is sent already.
+        self._link.waits = False
+        try:
+            return super().publish(body, *args, **options)
+        finally:
+            self._link.waits = True
+
+    def maybe_declare(self, entity: Any, retry: bool = False, **policy: Any) -> Any:
+        # kombu copies a queue, to bind it to the channel, before it looks whether it is declared.
+        if entity.can_cache_declaration and hash(entity) in self._link.declared:
+            return False
+        return super().maybe_declare(entity, retry=False)
+
+
+class Link:
+    """What an app needs to publish from one event loop."""
+
+    def __init__(self, app: Celery, connection: Connection) -> None:
+        self._connection = connection
+        self.waits = True
+        connection.transport_cls = _Transport
+        self.declared = connection.declared_entities
+        channel = cast(_Channel, connection.default_channel)
+        channel.client.link = self
+        self.pipeline = Pipeline(channel.new_connection, self.forget)
+        self.producer = _Producer(self, channel)
+        self.event_exchange = app.conf.event_exchange
+        # The app's own dispatcher has a lock that a thread may hold while it waits for the broker.
+        dispatcher = app.events.Dispatcher(connection, enabled=False)
+        self.options = {"producer": self.producer, "event_dispatcher": dispatcher}
+
+    def execute(self, *commands: Command) -> Any:
+        """The reply of the last of `commands`, waited for by the asyncio task around us."""
+        answer = self.pipeline.send(*commands, deadline=deadline.get())
+        if self.waits:
+            return bridge.run(_reply(answer))
+        answer.add_done_callback(_ignore)
+        return None
+
+    def forget(self) -> None:
+        """Declare queues anew, as they are once for each connection."""
+        self.declared.clear()
+        self._connection.transport.state.clear()
+
+
+def _ignore(answer: asyncio.Future[Any]) -> None:
+    if not answer.cancelled():
+        answer.exception()
+
+
+@dataclass(slots=True)
+class _Loop:
+    """The links of one event loop."""
+
+    links: dict[Celery, Link | None] = field(default_factory=dict)
+    end: AsyncGenerator[None, None] | None = None
+
+
+class _Loops:
+    """Those of this process. Sockets and loops made before a fork belong to the parent."""
+
+    def __init__(self) -> None:
+        self._loops: dict[asyncio.AbstractEventLoop, _Loop] = {}
+        self._inherited: list[Any] = []  # not freed: that would report their sockets as left open
+        os.register_at_fork(after_in_child=self._forget)
+
+    def _forget(self) -> None:
+        self._inherited.append(self._loops)
+        self._loops = {}
+
+    async def link(self, app: Celery) -> Link | None:
+        try:
+            return self._loops[asyncio.get_running_loop()].links[app]
+        except KeyError:
+            return await self._make(app)
+
+    async def _make(self, app: Celery) -> Link | None:
+        running = asyncio.get_running_loop()
+        for loop in [loop for loop in self._loops if loop.is_closed()]:
+            del self._loops[loop]
+        here = self._loops.setdefault(running, _Loop())
+        connection = _native_connection(app)
+        here.links[app] = link = Link(app, connection) if connection is not None else None
+        if here.end is None:
+            here.end = self._close_with(running)
+            await anext(here.end)
+        return link
+
+    async def _close_with(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[None, None]:
+        """Started and never finished: `shutdown_asyncgens`, at the end of a loop, finishes it."""
+        try:
+            yield
+        finally:
+            here = self._loops.pop(loop, None)
+            for link in here.links.values() if here else ():
+                if link is not None:
+                    await link.pipeline.aclose()
+
+
+def _native_connection(app: Celery) -> Connection | None:
+    connection = app.connection_for_write()
+    if connection.transport_cls not in ("redis", "rediss") or len(connection.alt) > 1:
+        return None
+    # That of an app which was not adopted subscribes to each result, waiting for Redis.
+    if type(app.backend).on_task_call is RedisBackend.on_task_call:
+        return None
+    return cast(Connection, connection)
+
+
+_loops = _Loops()
+
+
+async def link(app: Celery) -> Link | None:
+    """What `app` publishes with in the running loop; None where only threads can."""
+    return await _loops.link(app)

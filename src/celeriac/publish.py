@@ -1,0 +1,213 @@
+"""Publish from a coroutine: Celery's own message, sent without blocking the event loop.
+
+On Redis over one connection of the loop, elsewhere by a few threads. Every call ends at its
+deadline.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from contextvars import Context
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import celery
+from celery import Celery, _state
+from celery.canvas import Signature
+from celery.result import AsyncResult
+from celery.utils import uuid
+from kombu.exceptions import OperationalError
+
+from celeriac import amqp, bridge, producer, threads
+from celeriac.errors import ConfigurationError, PublishError, PublishManyError
+
+TIMEOUT = 2.0  # seconds
+_LANES = 64  # messages of one `publish_many` on their way at once
+_START = 8  # of them begun in one tick of the loop: others wait meanwhile
+
+_timeouts: WeakKeyDictionary[Celery, float] = WeakKeyDictionary()
+
+
+def support(app: Celery, timeout: float | None) -> None:
+    """Keep the deadline of calls that give none, and let every message of a canvas have it."""
+    if timeout is not None:
+        _timeouts[app] = _checked(timeout)
+    amqp.use_amqp(app)
+
+
+def _checked(seconds: float) -> float:
+    if not seconds > 0:
+        raise ConfigurationError(f"publish_timeout: expected seconds above 0, got {seconds!r}")
+    return seconds
+
+
+async def adelay(task: celery.Task | Signature, /, *args: Any, **kwargs: Any) -> AsyncResult:
+    """`task.delay(…)` of any task, signature, chain, group or chord, without blocking the loop.
+
+    Gives Celery's AsyncResult, a GroupResult for a group. Raises PublishError within the
+    deadline, by default 2 seconds, if the broker is away, refuses or does not answer.
+    """
+    return await aapply_async(task, args, kwargs)
+
+
+async def aapply_async(
+    task: celery.Task | Signature,
+    args: Iterable[Any] | None = None,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    publish_timeout: float | None = None,
+    **options: Any,
+) -> AsyncResult:
+    """`task.apply_async(…)`, with the options of Celery's, without blocking the loop.
+
+    `publish_timeout` is the deadline in seconds. `retry` and `retry_policy` do nothing: a message
+    is written once, since a second time might double the task. Raises PublishError.
+    """
+    if not isinstance(task, Signature):
+        options["task_id"] = options.get("task_id") or uuid()
+    elif type(task) is Signature:
+        options["task_id"] = options.get("task_id") or task.options.get("task_id") or uuid()
+    else:  # a canvas: several messages, and what a chord keeps in the result backend
+        return await _publish(
+            task.app, task.apply_async, (args, kwargs), options, publish_timeout, canvas=True
+        )
+    return await _publish(task.app, task.apply_async, (args, kwargs), options, publish_timeout)
+
+
+async def asend_task(
+    app: Celery,
+    name: str,
+    args: Iterable[Any] | None = None,
+    kwargs: dict[str, Any] | None = None,
+    *,
+    publish_timeout: float | None = None,
+    **options: Any,
+) -> AsyncResult:
+    """`app.send_task(name, …)`, for a task that is not defined here, without blocking the loop."""
+    options["task_id"] = options.get("task_id") or uuid()
+    return await _publish(
+        app, app.send_task, (name, args, kwargs), options, publish_timeout, eager=False
+    )
+
+
+async def _publish(
+    app: Celery,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    timeout: float | None,
+    *,
+    canvas: bool = False,
+    eager: bool = True,
+) -> Any:
+    timeout = _timeouts.get(app, TIMEOUT) if timeout is None else _checked(timeout)
+    eager = eager and app.conf.task_always_eager
+    if eager:
+        with _eager_runs:
+            return await bridge.call(partial(function, *args, **options))
+    try:
+        if not canvas and (link := await producer.link(app)) is not None:
+            return await _over_link(link, function, args, options, timeout)
+        context = bridge.context_of_tracer()
+        if "reply_to" not in options and not canvas:
+            options["reply_to"] = app.thread_oid  # of this thread, where the answer is awaited
+
+        def send(sender: threads.Sender) -> Any:
+            if canvas:
+                return function(*args, **options)
+            return function(*args, **{"producer": sender.producer, **options})
+
+        return await threads.run(app, send, timeout, context)
+    except PublishError as error:
+        error.task_id = options.get("task_id")
+        raise
+
+
+async def _over_link(
+    link: producer.Link,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    options: dict[str, Any],
+    timeout: float,
+) -> Any:
+    context: Context = bridge.context_of_tracer()
+    context.run(producer.deadline.set, asyncio.get_running_loop().time() + timeout)
+    send = partial(function, *args, **{**link.options, **options})
+    try:
+        return await bridge.Hosted(send).run(context)
+    except OperationalError as error:  # what kombu makes of a reply that is an error
+        raise PublishError(str(error)) from error
+
+
+class _EagerRuns:
+    """Eager tasks that run at once on one loop.
+
+    Celery's flag that forbids waiting for results inside a task is one for the process. Each run
+    puts back what it found, which is another's where they overlap: the last puts it right.
+    """
+
+    def __init__(self) -> None:
+        self._count, self._found = 0, False
+
+    def __enter__(self) -> None:
+        if self._count == 0:
+            self._found = _state.task_join_will_block()
+        self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._count -= 1
+        if self._count == 0:
+            _state._set_task_join_will_block(self._found)
+
+
+_eager_runs = _EagerRuns()
+
+
+async def publish_many(
+    signatures: Iterable[Signature], *, publish_timeout: float | None = None
+) -> list[AsyncResult]:
+    """Publish many signatures, of whatever apps; their results in the same order.
+
+    On Redis they are written and answered in batches; the loop stays free in between. The
+    deadline is that of each message, from its turn on. At the first failure nothing further is
+    begun: PublishManyError says which were accepted. An error in a signature is raised as it is,
+    with a note of how many were sent.
+    """
+    asked = list(signatures)
+    outcomes: list[AsyncResult | PublishError] = [
+        PublishError("not begun, since another one failed", task_id=each.options.get("task_id"))
+        for each in asked
+    ]
+    turns, stopped = iter(range(len(asked))), False
+
+    async def lane() -> None:
+        nonlocal stopped
+        for turn in turns:
+            if stopped:
+                return
+            try:
+                outcomes[turn] = await aapply_async(asked[turn], publish_timeout=publish_timeout)
+            except PublishError as error:
+                outcomes[turn], stopped = error, True
+            except BaseException:
+                stopped = True
+                raise
+
+    lanes = []
+    try:
+        for number in range(min(_LANES, len(asked))):
+            lanes.append(asyncio.create_task(lane(), name="celeriac-publish-many"))
+            if number % _START == 0:
+                await asyncio.sleep(0)
+        ended = await asyncio.gather(*lanes, return_exceptions=True)
+    finally:
+        for each in lanes:
+            each.cancel()
+    accepted = [each for each in outcomes if not isinstance(each, PublishError)]
+    for error in ended:
+        if isinstance(error, BaseException):
+            error.add_note(f"{len(accepted)} of {len(asked)} messages were sent")
+            raise error
+    if len(accepted) < len(asked):
+        raise PublishManyError(outcomes)
+    return accepted

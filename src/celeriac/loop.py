@@ -133,7 +133,8 @@ class _Watch:
         self._turn = time.monotonic()
 
     def start(self) -> None:
-        self._loop.call_soon_threadsafe(self._take_turn)
+        # In an empty context, which every turn passes on to the next.
+        self._loop.call_soon_threadsafe(self._take_turn, context=Context())
         threading.Thread(target=self._look, name="celeriac-watch", daemon=True).start()
 
     def _take_turn(self) -> None:

@@ -66,6 +66,7 @@ class _Job:
             return self.send(sender)
         finally:
             self.app._local.__dict__.pop("backend", None)
+            sender.job = None  # which holds the app that the sender shall end with
 
 
 class Sender:

@@ -1,7 +1,9 @@
 """What a worker writes about its tasks: Celery's Redis result backend, and what it leaves out."""
 
+import asyncio
 import logging
 import time
+from contextlib import suppress
 from functools import cached_property
 from typing import Any
 from weakref import WeakSet
@@ -12,13 +14,16 @@ from celery import Celery, Task, states
 from celery.app.task import get_actual_ignore_result
 from celery.signals import task_postrun, task_prerun
 
-from celeriac import bridge, store
+from celeriac import bridge, pipeline, store
+from celeriac.errors import PublishError
 
 logger = logging.getLogger(__name__)
 
+_SILENCE = 2.0  # seconds without an answer, after which a thread tries, and again
 _STATUS_PAUSE = 5.0  # seconds without a status store that was away: each try may take two
 
 _reported: WeakSet[Celery] = WeakSet()
+_lines = pipeline.Pipelines()
 
 
 class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
@@ -30,10 +35,53 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
     Where the app has a status store of its own, each state is written there too, after the result.
     """
 
+    # What need not be handed to a thread on an event loop.
+    awaited = frozenset(
+        {
+            "get_state",
+            "get_status",
+            "get_task_meta",
+            "mark_as_done",
+            "mark_as_retry",
+            "mark_as_revoked",
+            "mark_as_started",
+            "process_cleanup",
+            "store_result",
+        }
+    )
+
     _status_away_until = 0.0
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
         pass
+
+    def get(self, key: bytes) -> Any:
+        if bridge.hosted():
+            with suppress(PublishError):
+                return self._await(("GET", key))
+        return bridge.offload(super().get, key)
+
+    def set(self, key: bytes, value: Any, expires: int | None = None, **policy: Any) -> Any:
+        lifetime = self.expires if expires is None else expires
+        store = ("SET", key, value, "EX", lifetime) if lifetime else ("SET", key, value)
+        if bridge.hosted() and self._status is None and len(value) <= self._MAX_STR_VALUE_SIZE:
+            with suppress(PublishError):
+                return self._await(store, ("PUBLISH", key, value))
+        return bridge.offload(super().set, key, value, expires, **policy)  # with Celery's retries
+
+    def _await(self, *commands: pipeline.Command) -> Any:
+        """The last one's reply, over the running loop's connection to the result backend."""
+        return bridge.run(self._send(commands))
+
+    async def _send(self, commands: tuple[pipeline.Command, ...]) -> Any:
+        line = await _lines.get(self.app, lambda: store.result_connection(self))
+        return await line.send(*commands, deadline=asyncio.get_running_loop().time() + _SILENCE)
+
+    def on_chord_part_return(self, *args: Any, **kwargs: Any) -> Any:
+        return bridge.offload(super().on_chord_part_return, *args, **kwargs)
+
+    def set_chord_size(self, *args: Any, **kwargs: Any) -> Any:
+        return bridge.offload(super().set_chord_size, *args, **kwargs)
 
     def _call_task_errbacks(self, request: Any, exc: BaseException, traceback: Any) -> None:
         with bridge.running_direct_calls():

@@ -75,13 +75,23 @@ def status_connection(app: Celery) -> AbstractConnection | None:
         pool = redis.asyncio.ConnectionPool.from_url(redis_url(url))
         kind, options = pool.connection_class, dict(pool.connection_kwargs)
     elif isinstance(app.backend, RedisBackend) and not isinstance(app.backend, SentinelBackend):
-        options = dict(app.backend.connparams)
-        options.pop("max_connections", None)
-        kind = ASYNC_CONNECTIONS[options.pop("connection_class", redis.Connection)]
+        kind, options = _connection_of(app.backend)
     else:
         return None
     # RESP3: replies and messages come over one connection, in the order in which they were made.
     return async_connection(kind, options | {"protocol": 3})
+
+
+def result_connection(backend: RedisBackend) -> AbstractConnection:
+    """A new connection to the result backend's Redis, not yet open, on which no pushes come."""
+    kind, options = _connection_of(backend)
+    return async_connection(kind, options | {"protocol": 2, "health_check_interval": 0})
+
+
+def _connection_of(backend: RedisBackend) -> tuple[type[AbstractConnection], dict[str, Any]]:
+    options = dict(backend.connparams)
+    options.pop("max_connections", None)
+    return ASYNC_CONNECTIONS[options.pop("connection_class", redis.Connection)], options
 
 
 def async_connection(kind: type[AbstractConnection], options: dict[str, Any]) -> AbstractConnection:

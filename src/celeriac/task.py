@@ -83,10 +83,10 @@ class _Backend:
         self._app = app
 
     def __getattr__(self, name: str) -> Any:
-        # Celery has a backend for each thread.
-        if name in _BLOCKING and bridge.hosted():
+        backend = self._app.backend  # Celery has one for each thread
+        if name in _BLOCKING and name not in getattr(backend, "awaited", ()) and bridge.hosted():
             return partial(bridge.offload, self._call, name)
-        return getattr(self._app.backend, name)
+        return getattr(backend, name)
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._app.backend, name)(*args, **kwargs)

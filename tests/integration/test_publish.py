@@ -203,7 +203,7 @@ def test_the_bytes_in_redis_are_those_of_apply_async(valkey: Valkey, conf: dict[
             found: dict[bytes, Any] = {}
             for key in client.scan_iter():
                 if client.type(key) == b"list":
-                    message = json.loads(client.lindex(key, 0))  # type: ignore[arg-type]
+                    message = json.loads(client.lindex(key, 0))
                     message["properties"].pop("delivery_tag")
                     found[key] = json.dumps(message)
                 else:
@@ -220,7 +220,8 @@ def test_the_bytes_in_redis_are_those_of_apply_async(valkey: Valkey, conf: dict[
 
 def test_a_sent_event_follows_its_message(redis_app: Celery) -> None:
     redis_app.conf.task_send_sent_event = True
-    with Redis.from_url(redis_url(redis_app.conf.broker_url)).pubsub() as events:
+    client = Redis.from_url(redis_url(redis_app.conf.broker_url))
+    with client.pubsub() as events:  # type: ignore[no-untyped-call]
         events.psubscribe("*celeryev*")
         result = asyncio.run(adelay(redis_app.tasks["add"], 1))
         event = eventually(lambda: events.get_message(ignore_subscribe_messages=True), 5)

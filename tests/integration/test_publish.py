@@ -22,17 +22,26 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from kombu.exceptions import EncodeError
 from redis import Redis
+from redis.asyncio.connection import AbstractConnection
 
 import celeriac
-from celeriac import PublishError, adelay, adopt, asend_task, publish_many, use_app
+from celeriac import PublishError, adelay, adopt, asend_task, publish_many, threads, use_app
 from celeriac.embedded import Valkey
 from celeriac.errors import PublishManyError
 from celeriac.fastapi import attach
-from celeriac.store import redis_url
+from celeriac.pipeline import Pipeline
+from celeriac.publish import aapply_async
+from celeriac.store import redis_url, status_connection
 from support import empty_redis, eventually, free_port, given, python, run_python, wanted
 
 BROKERS = ["embedded", *wanted("redis", "TEST_REDIS_URL"), *wanted("rabbitmq", "TEST_AMQP_URL")]
 SLACK = 0.5  # seconds after a deadline in which a loaded machine still answers
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _leaves_no_idle_thread() -> Iterator[None]:
+    yield
+    threads.close()
 
 
 def make_app(broker: str, backend: str = "disabled://", **options: Any) -> Celery:
@@ -334,6 +343,13 @@ def test_a_black_hole_is_a_publish_error_at_the_deadline(scheme: str) -> None:
         assert {type(each) for each in done} == {PublishError}
         assert not any(each.maybe_accepted for each in done if isinstance(each, PublishError))
         assert max(late) < 0.3
+        steps = chain(add.s(1), add.s(2))
+        lost = (aapply_async(steps, publish_timeout=0.2) for _ in range(20))
+        done = await asyncio.gather(*lost, return_exceptions=True)
+        assert {type(each) for each in done} == {PublishError}
+        # Its threads are free again soon.
+        elsewhere = make_app("memory://")
+        await aapply_async(elsewhere.tasks["add"].s(1), publish_timeout=1.0)
 
     try:
         asyncio.run(publish())
@@ -369,7 +385,11 @@ def test_a_paused_broker_is_a_publish_error_and_the_next_call_after_it_works(
             assert not unsent.value.maybe_accepted
         finally:
             os.kill(pid, signal.SIGCONT)
-        return first.id, (await add.adelay(4)).id
+        last = await add.adelay(4)
+        await asyncio.sleep(0.2)
+        names = [task.get_name() for task in asyncio.all_tasks()]
+        assert names.count("celeriac-publish") == 1  # the paused connection has gone
+        return first.id, last.id
 
     first, last = asyncio.run(publish())
     ids = took_task_ids(app)
@@ -475,6 +495,28 @@ def test_a_cancelled_call_sends_nothing_later(own_valkey: Valkey) -> None:
 
     asyncio.run(publish())
     assert took_task_ids(app) == ["second"]
+
+
+def test_a_command_whose_caller_has_gone_is_not_written(redis_app: Celery, valkey: Valkey) -> None:
+    app = make_app("memory://", valkey.celery_url)
+
+    async def send() -> int:
+        def connection() -> AbstractConnection:
+            made = status_connection(app)
+            assert made is not None
+            return made
+
+        pipeline = Pipeline(connection, lambda: None)
+        soon = asyncio.get_running_loop().time() + 5
+        gone = pipeline.send(("LPUSH", "gone", "1"), deadline=soon)
+        kept = pipeline.send(("LPUSH", "kept", "1"), deadline=soon)
+        gone.cancel()
+        assert await kept == 1
+        found: int = await pipeline.send(("EXISTS", "gone"), deadline=soon)
+        await pipeline.aclose()
+        return found
+
+    assert asyncio.run(send()) == 0
 
 
 def test_many_messages_in_one_call_arrive_in_any_case(app: Celery) -> None:
@@ -606,9 +648,14 @@ def test_a_task_that_publishes_is_the_parent_of_what_it_sends(redis_app: Celery)
     async def canvas() -> None:
         await adelay(group(add.s(1), add.s(2)))
 
+    @redis_app.task(shared=False)
+    def synchronous() -> None:
+        asyncio.run(add.adelay(1))
+
     outer.apply(task_id="parent")
+    synchronous.apply(task_id="parent")
     canvas.apply(task_id="parent", root_id="root")
-    for _ in range(3):
+    for _ in range(4):
         headers = take(redis_app).headers
         assert (headers["parent_id"], headers["root_id"]) in {
             ("parent", "parent"),

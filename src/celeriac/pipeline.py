@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 Command = tuple[Any, ...]
 _CONNECT = 2.0  # seconds for one try; those who may wait longer wait for the next
-_BURST = 8  # replies given out in one tick: each wakes a caller, and others wait meanwhile
+_BURST = 4  # replies given out in one tick: each wakes a caller, and others wait meanwhile
 _WRITE = 64  # commands packed in one go, for the same reason
 
 

@@ -5,7 +5,8 @@ deadline.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import Context
 from functools import partial
 from typing import Any
@@ -23,7 +24,7 @@ from celeriac.errors import ConfigurationError, PublishError, PublishManyError
 
 TIMEOUT = 2.0  # seconds
 _LANES = 64  # messages of one `publish_many` on their way at once
-_START = 8  # of them begun in one tick of the loop: others wait meanwhile
+_START = 4  # of them begun in one tick of the loop: others wait meanwhile
 
 _timeouts: WeakKeyDictionary[Celery, float] = WeakKeyDictionary()
 
@@ -39,6 +40,10 @@ def _checked(seconds: float) -> float:
     if not seconds > 0:
         raise ConfigurationError(f"publish_timeout: expected seconds above 0, got {seconds!r}")
     return seconds
+
+
+def _timeout_of(app: Celery, given: float | None) -> float:
+    return _timeouts.get(app, TIMEOUT) if given is None else _checked(given)
 
 
 async def adelay(task: celery.Task | Signature, /, *args: Any, **kwargs: Any) -> AsyncResult:
@@ -100,27 +105,24 @@ async def _publish(
     canvas: bool = False,
     eager: bool = True,
 ) -> Any:
-    timeout = _timeouts.get(app, TIMEOUT) if timeout is None else _checked(timeout)
+    timeout = _timeout_of(app, timeout)
     eager = eager and app.conf.task_always_eager
     if eager:
         with _eager_runs:
             return await bridge.call(partial(function, *args, **options))
-    try:
-        if not canvas and (link := await producer.link(app)) is not None:
-            return await _over_link(link, function, args, options, timeout)
-        context = bridge.context_of_tracer()
-        if "reply_to" not in options and not canvas:
-            options["reply_to"] = app.thread_oid  # of this thread, where the answer is awaited
+    if not canvas and (link := await producer.link(app)) is not None:
+        return await _over_link(link, function, args, options, timeout)
+    context = bridge.context_of_tracer()
+    if "reply_to" not in options and not canvas:
+        options["reply_to"] = app.thread_oid  # of this thread, where the answer is awaited
 
-        def send(sender: threads.Sender) -> Any:
-            if canvas:
-                return function(*args, **options)
-            return function(*args, **{"producer": sender.producer, **options})
+    def send(sender: threads.Sender) -> Any:
+        if canvas:
+            return function(*args, **options)
+        return function(*args, **{"producer": sender.producer, **options})
 
+    with _refusals(options.get("task_id")):
         return await threads.run(app, send, timeout, context)
-    except PublishError as error:
-        error.task_id = options.get("task_id")
-        raise
 
 
 async def _over_link(
@@ -133,10 +135,20 @@ async def _over_link(
     context: Context = bridge.context_of_tracer()
     context.run(producer.deadline.set, asyncio.get_running_loop().time() + timeout)
     send = partial(function, *args, **{**link.options, **options})
-    try:
+    with _refusals(options.get("task_id")):
         return await bridge.Hosted(send).run(context)
+
+
+@contextmanager
+def _refusals(task_id: str | None) -> Iterator[None]:
+    """Of a broker, as a PublishError of this task."""
+    try:
+        yield
+    except PublishError as error:
+        error.task_id = task_id
+        raise
     except OperationalError as error:  # what kombu makes of a reply that is an error
-        raise PublishError(str(error)) from error
+        raise PublishError(str(error), task_id=task_id) from error
 
 
 class _EagerRuns:
@@ -173,41 +185,66 @@ async def publish_many(
     begun: PublishManyError says which were accepted. An error in a signature is raised as it is,
     with a note of how many were sent.
     """
-    asked = list(signatures)
-    outcomes: list[AsyncResult | PublishError] = [
-        PublishError("not begun, since another one failed", task_id=each.options.get("task_id"))
-        for each in asked
-    ]
-    turns, stopped = iter(range(len(asked))), False
-
-    async def lane() -> None:
-        nonlocal stopped
-        for turn in turns:
-            if stopped:
-                return
-            try:
-                outcomes[turn] = await aapply_async(asked[turn], publish_timeout=publish_timeout)
-            except PublishError as error:
-                outcomes[turn], stopped = error, True
-            except BaseException:
-                stopped = True
-                raise
-
-    lanes = []
+    many = _Many(list(signatures), publish_timeout)
+    await many.find_links()
+    lanes: list[asyncio.Task[None]] = []
     try:
-        for number in range(min(_LANES, len(asked))):
-            lanes.append(asyncio.create_task(lane(), name="celeriac-publish-many"))
+        for number in range(min(_LANES, len(many.asked))):
+            lane = bridge.Hosted(many.send_in_turn).run(bridge.context_of_tracer())
+            lanes.append(asyncio.create_task(lane, name="celeriac-publish-many"))
             if number % _START == 0:
                 await asyncio.sleep(0)
         ended = await asyncio.gather(*lanes, return_exceptions=True)
     finally:
         for each in lanes:
             each.cancel()
-    accepted = [each for each in outcomes if not isinstance(each, PublishError)]
+    accepted = [each for each in many.outcomes if not isinstance(each, PublishError)]
     for error in ended:
         if isinstance(error, BaseException):
-            error.add_note(f"{len(accepted)} of {len(asked)} messages were sent")
+            error.add_note(f"{len(accepted)} of {len(many.asked)} messages were sent")
             raise error
-    if len(accepted) < len(asked):
-        raise PublishManyError(outcomes)
+    if len(accepted) < len(many.asked):
+        raise PublishManyError(many.outcomes)
     return accepted
+
+
+class _Many:
+    """Many messages, sent by several greenlets that each take the next one when theirs is sent."""
+
+    def __init__(self, asked: list[Signature], timeout: float | None) -> None:
+        self.asked, self._timeout = asked, timeout
+        self.outcomes: list[AsyncResult | PublishError] = [
+            PublishError("not begun, since another one failed", task_id=each.options.get("task_id"))
+            for each in asked
+        ]
+        self._turns = iter(range(len(asked)))
+        self._links: dict[Celery, tuple[producer.Link, float]] = {}
+        self._stopped = False
+
+    async def find_links(self) -> None:
+        """Of the apps whose messages can be sent without an asyncio task for each."""
+        for app in {each.app for each in self.asked if type(each) is Signature}:
+            link = await producer.link(app)
+            if link is not None and not app.conf.task_always_eager:
+                self._links[app] = link, _timeout_of(app, self._timeout)
+
+    def send_in_turn(self) -> None:
+        for turn in self._turns:
+            if self._stopped:
+                return
+            try:
+                self.outcomes[turn] = self._send(self.asked[turn])
+            except PublishError as error:
+                self.outcomes[turn], self._stopped = error, True
+            except BaseException:
+                self._stopped = True
+                raise
+
+    def _send(self, signature: Signature) -> AsyncResult:
+        if type(signature) is not Signature or signature.app not in self._links:
+            return bridge.run(aapply_async(signature, publish_timeout=self._timeout))
+        link, timeout = self._links[signature.app]
+        producer.deadline.set(asyncio.get_running_loop().time() + timeout)
+        task_id = signature.options.get("task_id") or uuid()
+        with _refusals(task_id):
+            return signature.apply_async(task_id=task_id, **link.options)

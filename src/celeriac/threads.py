@@ -194,18 +194,29 @@ class _Threads:
     def _forget(self) -> None:
         self._condition = threading.Condition()
         self._jobs: deque[_Job] = deque()
-        self._count = self._idle = 0
+        self._threads: set[threading.Thread] = set()
+        self._idle = 0
+        self._closing = False
 
     def submit(self, job: _Job) -> None:
         with self._condition:
             if len(self._jobs) >= _WAITING:
                 raise PublishError("too many calls wait for the broker")
             self._jobs.append(job)
-            if self._idle >= len(self._jobs) or self._count >= _THREADS:
+            if self._idle >= len(self._jobs) or len(self._threads) >= _THREADS:
                 self._condition.notify()
                 return
-            self._count += 1
-            threading.Thread(target=self._work, name="celeriac-publish", daemon=True).start()
+            thread = threading.Thread(target=self._work, name="celeriac-publish", daemon=True)
+            self._threads.add(thread)
+            thread.start()
+
+    def close(self, timeout: float) -> None:
+        with self._condition:
+            self._closing, threads = True, list(self._threads)
+            self._condition.notify_all()
+        for thread in threads:
+            thread.join(timeout)
+        self._closing = False
 
     def give_up(self, job: _Job) -> None:
         with self._condition, suppress(ValueError):
@@ -224,15 +235,20 @@ class _Threads:
     def _next(self) -> _Job | None:
         with self._condition:
             self._idle += 1
-            self._condition.wait_for(lambda: self._jobs, _IDLE)
+            self._condition.wait_for(lambda: self._jobs or self._closing, _IDLE)
             self._idle -= 1
             if not self._jobs:
-                self._count -= 1
+                self._threads.discard(threading.current_thread())
                 return None
             return self._jobs.popleft()
 
 
 _threads = _Threads()
+
+
+def close(timeout: float = 1.0) -> None:
+    """End the threads that are idle, and close their connections; the next call starts new ones."""
+    _threads.close(timeout)
 
 
 async def run(app: Celery, send: Callable[[Sender], Any], timeout: float, context: Context) -> Any:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
-from celery import Task, shared_task
+from celery import Task
 from celery.utils.log import get_task_logger
 from sqlalchemy import func, select
 
+from celeriac import shared_task
 from project.database import new_session
 from project.third_party import TemporaryError, subscribe
 from project.users.models import User

@@ -44,8 +44,9 @@ async def form_ws_page(request: Request) -> HTMLResponse:
 
 
 @router.post("/form/")
-def submit_form(body: UserIn) -> TaskAccepted:
-    return TaskAccepted(task_id=subscribe_to_list.delay(body.email).id)
+async def submit_form(body: UserIn) -> TaskAccepted:
+    task = await subscribe_to_list.adelay(body.email)
+    return TaskAccepted(task_id=task.id)
 
 
 @router.get("/task_status/", response_model_exclude_none=True)
@@ -65,7 +66,7 @@ def webhook_test() -> str:
 
 
 @router.post("/webhook_test_async/")
-def webhook_test_async() -> str:
+async def webhook_test_async() -> str:
     """The same as a task: the answer is there at once, the call is made and made again."""
-    process_notification.delay()
+    await process_notification.adelay()
     return "pong"

@@ -12,7 +12,7 @@ from celery import Celery
 from kombu.messaging import Producer
 from kombu.pools import ProducerPool
 
-from celeriac import bridge, threads
+from celeriac import bridge, threads, transport
 
 
 class _Producer(Producer):
@@ -28,7 +28,9 @@ class _Producers(ProducerPool):
 
 
 class AMQP(celery.app.amqp.AMQP):  # type: ignore[misc]
-    """Celery's, with producers that never block an event loop."""
+    """Celery's, with producers that never block an event loop, and our transport for Redis."""
+
+    Connection = transport.RedisConnection
 
     @property
     def producer_pool(self) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 from celery.result import AsyncResult
+from redis import Redis
 
 from celeriac.embedded import Valkey
 from support import empty_redis, eventually, given
@@ -238,16 +239,20 @@ def test_a_soft_shutdown_finishes_what_fits_and_gives_the_rest_back(
 def test_running_bodies_go_on_while_the_broker_is_away(valkey: Valkey, tmp_path: Path) -> None:
     with Valkey(tmp_path) as broker:
         urls = broker.celery_url, valkey.celery_url
-        # Acknowledged early: with a message unacknowledged, kombu's own transport does not survive.
-        with Worker("pool_app", "celeriac", *urls) as worker:
+        with Worker("pool_app", "celeriac", *urls, CONF=LATE) as worker:
             worker.send("tick", 6)
             worker.noted("tick-started")
             broker.stop()
             worker.process.wait_for("Trying again in")
-            linked = worker.signature("wait", 0)  # cannot be sent: that blocks a thread, no loop
             assert float(worker.noted("tick")) < 0.5
             broker.start()
+            linked = worker.signature("wait", 0, "linked").set(immutable=True)
             assert worker.send("wait", 0, link=linked).get(timeout=30) == "waited"
+            assert worker.noted("linked-ended") == "returned"
+            with Redis.from_url(broker.redis_url) as client:
+                # What ended meanwhile was acknowledged over the next connection.
+                eventually(lambda: not client.hlen("unacked"))
+        assert worker.process.output.count("pool_app.tick[") == 2  # received once, succeeded once
 
 
 def test_running_bodies_go_on_while_the_result_backend_is_silent(

@@ -19,7 +19,7 @@ from celeriac.errors import PublishError
 
 logger = logging.getLogger(__name__)
 
-_SILENCE = 2.0  # seconds without an answer, after which a thread tries, and again
+_SILENCE = 30.0  # seconds without an answer, or in a queue of many, after which a thread tries
 _STATUS_PAUSE = 5.0  # seconds without a status store that was away: each try may take two
 
 _reported: WeakSet[Celery] = WeakSet()

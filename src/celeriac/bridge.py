@@ -107,6 +107,11 @@ def _step(coroutine: Coroutine[Any, Any, T]) -> T:
 class Hosted:
     """A synchronous call inside an asyncio task: what it waits for with `run`, that task awaits."""
 
+    __slots__ = (
+        "_args", "_bodies", "_body_ended", "_passes_cancellation", "_task", "_thrown", "function",
+        "stopped",
+    )  # fmt: skip
+
     def __init__(
         self, function: Callable[..., Any], *args: Any, passes_cancellation: bool = False
     ) -> None:

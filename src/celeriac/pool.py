@@ -26,7 +26,7 @@ from celery.signals import celeryd_init
 from celery.worker import state as worker_state
 
 from celeriac import bridge
-from celeriac.loop import DaemonThreads
+from celeriac.loop import Bell, DaemonThreads
 from celeriac.task import is_async
 
 logger = logging.getLogger(__name__)
@@ -45,6 +45,12 @@ class _JobPid(int):
 
 class Job:
     """One task on its way through the pool. Celery holds it, weakly, as the pool's result."""
+
+    __slots__ = (  # a quarter of the memory, of which thousands need some
+        "__weakref__", "_terminate", "accept_callback", "asyncio_task", "callback",
+        "error_callback", "hard_limit", "hosted", "is_async", "name", "revoked", "soft_limit",
+        "started", "timeout_callback",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -90,7 +96,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._hub: Any = None
         self._lock = threading.RLock()
         self._inbox: deque[Callable[[], None]] = deque()
-        self._called = False
+        self._bell = Bell(self._answer)
         self._something_ended = threading.Event()
         self._running: set[Job] = set()
         self._threads_used = 0
@@ -102,6 +108,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def register_with_event_loop(self, hub: Any) -> None:
         self._hub = hub
+        self._bell.hang_in(hub)
 
     def _warn_of_limits(self) -> None:
         names = [
@@ -302,12 +309,9 @@ class TaskPool(BasePool):  # type: ignore[misc]
             return
         self._inbox.append(partial(callback, *args))
         self._something_ended.set()
-        if not self._called:
-            self._called = True
-            self._hub.call_soon(self._answer)
+        self._bell.ring()
 
     def _answer(self) -> None:
-        self._called = False
         while self._inbox:
             try:
                 callback = self._inbox.popleft()

@@ -11,6 +11,7 @@ library share them. What differs, where a worker's event loop turns:
 
 import hashlib
 import logging
+import sys
 from collections import deque
 from time import time
 from typing import Any
@@ -23,6 +24,8 @@ from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError
+
+from celeriac.loop import Bell
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,14 @@ _SHA = hashlib.sha1(_EXCHANGE.encode(), usedforsecurity=False).hexdigest()
 _acknowledged: dict[tuple[Any, ...], deque[str]] = {}
 
 
+def _loads(raw: bytes) -> dict[str, Any]:
+    """A message. Thousands may be held at once: they share the names of their headers."""
+    message: dict[str, Any] = loads(bytes_to_str(raw))
+    for part in message.keys() & {"headers", "properties"}:
+        message[part] = {sys.intern(name): value for name, value in message[part].items()}
+    return message
+
+
 class QoS(kombu_redis.QoS):
     """The messages that a channel holds; see `Channel.exchange`."""
 
@@ -108,6 +119,12 @@ class QoS(kombu_redis.QoS):
         )
         self._delivered.clear()
 
+    def restore_visible(self, *args: Any, **options: Any) -> None:
+        try:
+            super().restore_visible(*args, **options)
+        except self.channel.ResponseError as error:  # of a full memory: the next turn is soon
+            logger.warning("no message whose worker is gone was looked for: %s", error)
+
 
 class Channel(kombu_redis.Channel):
     QoS = QoS
@@ -129,21 +146,21 @@ class Channel(kombu_redis.Channel):
             self._made = (self.pool, super()._create_client())
         return self._made[1]
 
-    def exchange(self) -> None:
-        """Write what was acknowledged, and take what there is for us."""
+    def exchange(self) -> bool:
+        """Write what was acknowledged, take what there is for us, and say whether that was any."""
         wanted = 0
         if self.active_queues and not self._in_poll and self.qos.can_consume():
             room = self.qos.can_consume_max_estimate()
             wanted = _AT_ONCE if room is None else min(room, _AT_ONCE)
         if not (wanted or self.acknowledged):
-            return
+            return False
         queues = self._queue_cycle.consume(len(self.active_queues)) if wanted else []
         lists = [
             (self._q_for_pri(queue, pri), queue) for pri in self.priority_steps for queue in queues
         ]
         found = self._run([key for key, _ in lists], wanted)
         arrived = [
-            (lists[place - 1][1], loads(bytes_to_str(raw)))
+            (lists[place - 1][1], _loads(raw))
             for place, raw in zip(found[::2], found[1::2], strict=True)
         ]
         for queue in {queue for queue, _ in arrived}:
@@ -151,6 +168,8 @@ class Channel(kombu_redis.Channel):
         self.qos.recorded.update(each["properties"]["delivery_tag"] for _, each in arrived)
         for queue, message in arrived:
             self.connection._deliver(message, queue)
+            message.pop("body", None)  # decoded by now; Redis keeps what may have to come again
+        return bool(arrived)
 
     def _run(self, lists: list[str], wanted: int) -> list[Any]:
         tags = list(self.acknowledged)
@@ -187,11 +206,25 @@ class Poller(kombu_redis.MultiChannelPoller):
         channel.exchanges = self.exchanges
         super().add(channel)
 
+    def turn_with(self, hub: Any) -> None:
+        """Exchange messages in every turn of the worker's main loop."""
+        self.exchanges = True
+        for channel in self._channels:
+            channel.exchanges = True
+        self._bell = Bell(lambda: None)  # for another turn
+        self._bell.hang_in(hub)
+
     def on_poll_start(self) -> None:
         if self.exchanges:
             for channel in list(self._channels):
-                channel.exchange()
+                if channel.exchange():
+                    self._bell.ring()
         super().on_poll_start()
+
+    def close(self) -> None:
+        if self.exchanges:
+            self._bell.close()
+        super().close()
 
 
 class Transport(kombu_redis.Transport):
@@ -206,9 +239,7 @@ class Transport(kombu_redis.Transport):
         self.cycle = Poller()
 
     def register_with_event_loop(self, connection: Any, loop: Any) -> None:
-        self.cycle.exchanges = True
-        for channel in self.cycle._channels:
-            channel.exchanges = True
+        self.cycle.turn_with(loop)
         super().register_with_event_loop(connection, loop)
 
 

@@ -13,7 +13,7 @@ import hashlib
 import logging
 import sys
 from collections import deque
-from time import time
+from time import monotonic, time
 from typing import Any
 
 import redis
@@ -22,7 +22,6 @@ from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
-from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import NoScriptError
 
 from celeriac.loop import Bell
@@ -30,6 +29,7 @@ from celeriac.loop import Bell
 logger = logging.getLogger(__name__)
 
 _AT_ONCE = 100  # messages
+_PAUSE = 2.0  # seconds without taking any, after a refusal
 _UNREADABLE = "celeriac:unreadable"  # what is no message, as it came
 
 # Recorded before it is popped: an error in between, as of a full memory, must lose nothing.
@@ -87,6 +87,9 @@ class QoS(kombu_redis.QoS):
         super().__init__(*args, **options)
         self.recorded: set[str] = set()
 
+    def can_consume(self) -> bool:
+        return monotonic() >= self.channel.refused_until and super().can_consume()
+
     def append(self, message: Any, delivery_tag: str) -> None:
         if delivery_tag in self.recorded:
             self.recorded.remove(delivery_tag)
@@ -130,9 +133,11 @@ class Channel(kombu_redis.Channel):
     QoS = QoS
 
     exchanges = False  # whether a worker's event loop turns
+    refused_until = 0.0
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._made: tuple[Any, Any] | None = None
+        self._unrecorded: set[str] = set()  # queues whose messages are gone when they are taken
         super().__init__(*args, **options)
         server = self.connection.client
         key = (server.hostname, server.port, server.virtual_host)
@@ -146,10 +151,16 @@ class Channel(kombu_redis.Channel):
             self._made = (self.pool, super()._create_client())
         return self._made[1]
 
+    def basic_consume(self, queue: str, no_ack: bool, *args: Any, **options: Any) -> Any:
+        if no_ack:
+            self._unrecorded.add(queue)
+        return super().basic_consume(queue, no_ack, *args, **options)
+
     def exchange(self) -> bool:
         """Write what was acknowledged, take what there is for us, and say whether that was any."""
         wanted = 0
-        if self.active_queues and not self._in_poll and self.qos.can_consume():
+        ours = not self._unrecorded.intersection(self.active_queues)
+        if ours and self.active_queues and not self._in_poll and self.qos.can_consume():
             room = self.qos.can_consume_max_estimate()
             wanted = _AT_ONCE if room is None else min(room, _AT_ONCE)
         if not (wanted or self.acknowledged):
@@ -185,7 +196,9 @@ class Channel(kombu_redis.Channel):
             except NoScriptError:
                 found = run(client, "EVAL", _EXCHANGE, *arguments)
         except self.ResponseError as error:  # a full memory, say: nothing was taken
-            raise RedisConnectionError(f"Redis refuses to hand out messages: {error}") from error
+            logger.error("Redis refuses to hand out messages: %s", error)
+            self.refused_until = monotonic() + _PAUSE
+            return []
         for _ in tags:
             self.acknowledged.popleft()
         return list(found)
@@ -215,7 +228,8 @@ class Poller(kombu_redis.MultiChannelPoller):
         self._bell.hang_in(hub)
 
     def on_poll_start(self) -> None:
-        if self.exchanges:
+        # Not where somebody waits for one message, as a worker does for its neighbours' replies.
+        if self.exchanges and not self._in_protected_read:
             for channel in list(self._channels):
                 if channel.exchange():
                     self._bell.ring()

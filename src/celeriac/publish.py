@@ -6,19 +6,20 @@ deadline.
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import Context
 from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import celery
-from celery import Celery, _state
+from celery import Celery, _state, signals
 from celery.app.utils import Settings
 from celery.canvas import Signature
 from celery.result import AsyncResult
 from celery.utils import uuid
 from kombu.exceptions import OperationalError
+from redis.exceptions import ResponseError
 
 from celeriac import amqp, bridge, producer, threads
 from celeriac.errors import ConfigurationError, PublishError, PublishManyError
@@ -162,11 +163,31 @@ async def _over_link(
     options: dict[str, Any],
     timeout: float,
 ) -> Any:
-    context: Context = bridge.context_of_tracer()
-    context.run(producer.deadline.set, asyncio.get_running_loop().time() + timeout)
+    due = asyncio.get_running_loop().time() + timeout
     send = partial(function, *args, **{**link.options, **options})
     with _refusals(options.get("task_id")):
+        if link.begins and _nobody_waits(function):
+            with suppress(producer.MustWaitError):
+                return await link.begin(send, due).end()
+        context: Context = bridge.context_of_tracer()
+        context.run(producer.deadline.set, due)
         return await bridge.Hosted(send).run(context)
+
+
+def _nobody_waits(function: Callable[..., Any]) -> bool:
+    """Whether nothing comes after the writing of a message that belongs after its reply."""
+    owner = getattr(function, "__self__", None)
+    if isinstance(owner, Signature):
+        function = owner._apply_async  # the task's
+    return (
+        not any(signal.receivers for signal in _SIGNALS)
+        and getattr(function, "__func__", None) in _OF_CELERY
+        and _state.get_current_worker_task() is None  # which keeps the results of what it sent
+    )
+
+
+_SIGNALS = signals.before_task_publish, signals.after_task_publish, signals.task_sent
+_OF_CELERY = celery.Task.apply_async, Celery.send_task
 
 
 @contextmanager
@@ -177,7 +198,7 @@ def _refusals(task_id: str | None) -> Iterator[None]:
     except PublishError as error:
         error.task_id = task_id
         raise
-    except OperationalError as error:  # what kombu makes of a reply that is an error
+    except (OperationalError, ResponseError) as error:  # a reply, and what kombu makes of it
         raise PublishError(str(error), task_id=task_id) from error
 
 
@@ -216,12 +237,10 @@ async def publish_many(
     with a note of how many were sent.
     """
     many = _Many(list(signatures), publish_timeout)
-    await many.find_links()
     lanes: list[asyncio.Task[None]] = []
     try:
         for number in range(min(_LANES, len(many.asked))):
-            lane = bridge.Hosted(many.send_in_turn).run(bridge.context_of_tracer())
-            lanes.append(asyncio.create_task(lane, name="celeriac-publish-many"))
+            lanes.append(asyncio.create_task(many.send_in_turn(), name="celeriac-publish-many"))
             if number % _START == 0:
                 await asyncio.sleep(0)
         ended = await asyncio.gather(*lanes, return_exceptions=True)
@@ -239,7 +258,7 @@ async def publish_many(
 
 
 class _Many:
-    """Many messages, sent by several greenlets that each take the next one when theirs is sent."""
+    """Many messages, sent by several lanes that each take the next one when theirs is sent."""
 
     def __init__(self, asked: list[Signature], timeout: float | None) -> None:
         self.asked, self._timeout = asked, timeout
@@ -248,33 +267,18 @@ class _Many:
             for each in asked
         ]
         self._turns = iter(range(len(asked)))
-        self._links: dict[Celery, tuple[producer.Link, float]] = {}
         self._stopped = False
 
-    async def find_links(self) -> None:
-        """Of the apps whose messages can be sent without an asyncio task for each."""
-        for app in {each.app for each in self.asked if type(each) is Signature}:
-            link = await producer.link(app)
-            if link is not None and not app.conf.task_always_eager:
-                self._links[app] = link, _timeout_of(app, self._timeout)
-
-    def send_in_turn(self) -> None:
+    async def send_in_turn(self) -> None:
         for turn in self._turns:
             if self._stopped:
                 return
             try:
-                self.outcomes[turn] = self._send(self.asked[turn])
+                self.outcomes[turn] = await aapply_async(
+                    self.asked[turn], publish_timeout=self._timeout
+                )
             except PublishError as error:
                 self.outcomes[turn], self._stopped = error, True
             except BaseException:
                 self._stopped = True
                 raise
-
-    def _send(self, signature: Signature) -> AsyncResult:
-        if type(signature) is not Signature or signature.app not in self._links:
-            return bridge.run(aapply_async(signature, publish_timeout=self._timeout))
-        link, timeout = self._links[signature.app]
-        producer.deadline.set(asyncio.get_running_loop().time() + timeout)
-        task_id = signature.options.get("task_id") or uuid()
-        with _refusals(task_id):
-            return signature.apply_async(task_id=task_id, **link.options)

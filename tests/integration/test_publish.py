@@ -165,13 +165,17 @@ def test_the_bytes_in_redis_are_those_of_apply_async(valkey: Valkey, conf: dict[
 
 
 def test_a_sent_event_follows_its_message(redis_app: Celery) -> None:
+    async def publish() -> list[Any]:
+        return [await adelay(redis_app.tasks["add"], number) for number in range(2)]
+
     redis_app.conf.task_send_sent_event = True
     client = Redis.from_url(redis_url(redis_app.conf.broker_url))
     with client.pubsub() as events:  # type: ignore[no-untyped-call]
         events.psubscribe("*celeryev*")
-        result = asyncio.run(adelay(redis_app.tasks["add"], 1))
-        event = eventually(lambda: events.get_message(ignore_subscribe_messages=True), 5)
-        assert result.id in json.dumps(base64.b64decode(json.loads(event["data"])["body"]).decode())
+        for result in asyncio.run(publish()):
+            event = eventually(lambda: events.get_message(ignore_subscribe_messages=True), 5)
+            body = base64.b64decode(json.loads(event["data"])["body"]).decode()
+            assert result.id in json.dumps(body)
         events.connection_pool.disconnect()
 
 

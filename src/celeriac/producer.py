@@ -14,20 +14,19 @@ from functools import partial
 from typing import Any, cast
 
 from celery import Celery
-from celery.app import amqp as app_amqp
-from celery.backends.base import Backend
+from celery.app.amqp import AMQP
 from celery.backends.redis import RedisBackend
+from celery.backends.rpc import RPCBackend
 from kombu.connection import Connection
 from kombu.messaging import Producer
 from kombu.transport import redis as kombu_redis
 from kombu.utils.json import JSONEncoder
 from redis.asyncio.connection import AbstractConnection
 
-from celeriac import amqp, backend, bridge, store
+from celeriac import bridge, store
 from celeriac.pipeline import Command, Pipeline
 
 deadline: ContextVar[float] = ContextVar("celeriac_publish_deadline")  # in the loop's time
-_NO_WORK = (Backend.on_task_call, backend.RedisBackend.on_task_call)
 _encode = JSONEncoder().encode  # kombu's `dumps`, which makes an encoder for each message
 
 
@@ -153,6 +152,11 @@ class Begun:
     answer: asyncio.Future[Any] | None = None
     events: list[Callable[[], Any]] = field(default_factory=list)
 
+    def leave(self) -> None:
+        """Nobody waits for it any more: it is not written if it was not yet."""
+        if self.answer is not None:
+            self.answer.cancel()
+
     async def end(self) -> Any:
         if self.answer is not None:
             await self.answer
@@ -171,11 +175,11 @@ class Link:
         self._connection = connection
         self.waits = True
         self.begun: Begun | None = None
-        # What others do around the message may need to wait for replies.
+        # What others do around the message may need to wait for replies: RPC declares a queue.
         self.begins = (
-            type(app.backend).on_task_call in _NO_WORK
+            not isinstance(app.backend, RPCBackend)
             and type(app).send_task is Celery.send_task
-            and type(app.amqp) in (app_amqp.AMQP, amqp.AMQP)
+            and type(app.amqp).send_task_message is AMQP.send_task_message
         )
         connection.transport_cls = _Transport
         self.declared = connection.declared_entities

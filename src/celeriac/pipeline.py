@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 Command = tuple[Any, ...]
 _CONNECT = 2.0  # seconds for one try; those who may wait longer wait for the next
-_BURST = 4  # replies given out in one tick: each wakes a caller, and others wait meanwhile
-_WRITE = 64  # commands packed in one go, for the same reason
+_BURST = 8  # callers woken in one tick, and messages in one command: others wait meanwhile
+_WRITE = 64  # calls packed in one go, for the same reason
 
 
 @dataclass(slots=True, eq=False)
@@ -39,7 +39,12 @@ class _Call:
     answer: asyncio.Future[Any]
     deadline: float  # in the loop's time
     error: Exception | None = None
-    due: int = 0
+    due: int = 0  # replies; none where it joined another
+
+    def joins(self, command: Command) -> bool:
+        """Whether it adds to the list that `command` adds to: one command does for both."""
+        own = self.commands[0]
+        return len(self.commands) == 1 and own[0] == "LPUSH" == command[0] and own[1] == command[1]
 
     def fail(self, reason: str, cause: BaseException | None, *, written: bool) -> None:
         if not self.answer.done():
@@ -172,12 +177,19 @@ class Pipeline:
     def _take(self, link: _Link) -> list[Command]:
         """What is to be written now; from here on each may have reached the server."""
         commands: list[Command] = []
-        while self._waiting and len(commands) < _WRITE:
+        joined = 0
+        for _ in range(min(len(self._waiting), _WRITE)):
             call = self._waiting.popleft()
-            if not call.answer.done():
-                call.due = len(call.commands)
-                commands += call.commands
-                link.owed.append(call)
+            if call.answer.done():
+                continue
+            link.owed.append(call)
+            if 0 < joined < _BURST and call.joins(commands[-1]):
+                commands[-1] += call.commands[0][2:]
+                joined += 1
+                continue
+            call.due = len(call.commands)
+            commands += call.commands
+            joined = 1
         return commands
 
     async def _read(self, connection: AbstractConnection, link: _Link) -> None:
@@ -191,23 +203,25 @@ class Pipeline:
             except ResponseError as refusal:
                 error = refusal
             link.answered = True
-            self._answer(link.owed, reply, error)
-            given += 1
-            if given % _BURST == 0:
+            given += self._answer(link.owed, reply, error)
+            if given >= _BURST:
+                given = 0
                 await asyncio.sleep(0)
 
-    def _answer(self, owed: deque[_Call], reply: Any, error: Exception | None) -> None:
-        call = owed[0]
-        call.error = call.error or error
-        call.due -= 1
-        if call.due == 0:
-            owed.popleft()
-            if call.answer.done():
-                return
-            if call.error is not None:
-                call.answer.set_exception(call.error)
-            else:
-                call.answer.set_result(reply)
+    def _answer(self, owed: deque[_Call], reply: Any, error: Exception | None) -> int:
+        """Give out one reply; how many waited for it."""
+        owed[0].error = owed[0].error or error
+        owed[0].due -= 1
+        error, answered = owed[0].error, 0
+        while owed and owed[0].due == 0:  # the call, and those that joined it
+            answer = owed.popleft().answer
+            answered += 1
+            if not answer.done():
+                if error is not None:
+                    answer.set_exception(error)
+                else:
+                    answer.set_result(reply)
+        return answered
 
     def _watch(self, deadline: float) -> None:
         """One timer for all: most are answered long before theirs."""

@@ -7,23 +7,27 @@ lets the caller's task wait for the reply.
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator
-from contextvars import ContextVar
+from collections.abc import AsyncGenerator, Callable
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 from celery import Celery
+from celery.app.amqp import AMQP
 from celery.backends.redis import RedisBackend
+from celery.backends.rpc import RPCBackend
 from kombu.connection import Connection
 from kombu.messaging import Producer
 from kombu.transport import redis as kombu_redis
-from kombu.utils.json import dumps
+from kombu.utils.json import JSONEncoder
 from redis.asyncio.connection import AbstractConnection
 
 from celeriac import bridge, store
 from celeriac.pipeline import Command, Pipeline
 
 deadline: ContextVar[float] = ContextVar("celeriac_publish_deadline")  # in the loop's time
+_encode = JSONEncoder().encode  # kombu's `dumps`, which makes an encoder for each message
 
 
 async def _reply(answer: asyncio.Future[Any]) -> Any:
@@ -83,10 +87,9 @@ class _Channel(kombu_redis.Channel):
         if queue in self._expires:
             super()._put(queue, message, **options)
         else:  # without redis-py's layers, which cost more than the command
-            priority = self._get_message_priority(message, reverse=False)
-            self._create_client().execute_command(
-                "LPUSH", self._q_for_pri(queue, priority), dumps(message)
-            )
+            key = self._q_for_pri(queue, self._get_message_priority(message, reverse=False))
+            client = self._create_client()
+            client.link.push(tuple(client._prefix_args(("LPUSH", key, _encode(message)))))
 
     def new_connection(self) -> AbstractConnection:
         """To this channel's server, for an event loop; not yet open."""
@@ -117,6 +120,9 @@ class _Producer(Producer):
         options["retry"] = False
         if options.get("exchange") != self._link.event_exchange:
             return super().publish(body, *args, **options)
+        if self._link.begun is not None:
+            self._link.begun.events.append(partial(self.publish, body, *args, **options))
+            return None
         # Celery's dispatcher holds a lock meanwhile, and the message itself is sent already.
         self._link.waits = False
         try:
@@ -128,7 +134,38 @@ class _Producer(Producer):
         # kombu copies a queue, to bind it to the channel, before it looks whether it is declared.
         if entity.can_cache_declaration and hash(entity) in self._link.declared:
             return False
+        if self._link.begun is not None:
+            raise MustWaitError
         return super().maybe_declare(entity, retry=False)
+
+
+class MustWaitError(Exception):
+    """A message needs more than to be written, such as a reply that names its queues."""
+
+
+@dataclass(slots=True)
+class Begun:
+    """A message on its way: what Celery gives for it, and what follows when the broker has it."""
+
+    deadline: float
+    result: Any = None
+    answer: asyncio.Future[Any] | None = None
+    events: list[Callable[[], Any]] = field(default_factory=list)
+
+    def leave(self) -> None:
+        """Nobody waits for it any more: it is not written if it was not yet."""
+        if self.answer is not None:
+            self.answer.cancel()
+
+    async def end(self) -> Any:
+        if self.answer is not None:
+            await self.answer
+        if self.events:
+            context = copy_context()
+            context.run(deadline.set, self.deadline)
+            for publish in self.events:
+                context.run(publish)
+        return self.result
 
 
 class Link:
@@ -137,6 +174,13 @@ class Link:
     def __init__(self, app: Celery, connection: Connection) -> None:
         self._connection = connection
         self.waits = True
+        self.begun: Begun | None = None
+        # What others do around the message may need to wait for replies: RPC declares a queue.
+        self.begins = (
+            not isinstance(app.backend, RPCBackend)
+            and type(app).send_task is Celery.send_task
+            and type(app.amqp).send_task_message is AMQP.send_task_message
+        )
         connection.transport_cls = _Transport
         self.declared = connection.declared_entities
         channel = cast(_Channel, connection.default_channel)
@@ -148,8 +192,29 @@ class Link:
         dispatcher = app.events.Dispatcher(connection, enabled=False)
         self.options = {"producer": self.producer, "event_dispatcher": dispatcher}
 
+    def begin(self, send: Callable[[], Any], due: float) -> Begun:
+        """Call `send`, whose message nothing in Celery waits for then. Costs no greenlet.
+
+        Raises MustWaitError before anything is written where that is not enough.
+        """
+        begun = self.begun = Begun(due)
+        try:
+            begun.result = send()
+        finally:
+            self.begun = None
+        return begun
+
+    def push(self, command: Command) -> None:
+        if self.begun is None:
+            self.execute(command)
+        else:
+            self.begun.answer = self.pipeline.send(command, deadline=self.begun.deadline)
+
     def execute(self, *commands: Command) -> Any:
         """The reply of the last of `commands`, waited for by the asyncio task around us."""
+        if self.begun is not None:
+            self.begins = False  # nor would the next message be different
+            raise MustWaitError
         answer = self.pipeline.send(*commands, deadline=deadline.get())
         if self.waits:
             return bridge.run(_reply(answer))

@@ -18,6 +18,7 @@ import pytest
 from celery import Celery, chain, chord, group, shared_task, signals
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
+from kombu.entity import Exchange, Queue
 from kombu.exceptions import EncodeError
 from redis import Redis
 
@@ -165,13 +166,17 @@ def test_the_bytes_in_redis_are_those_of_apply_async(valkey: Valkey, conf: dict[
 
 
 def test_a_sent_event_follows_its_message(redis_app: Celery) -> None:
+    async def publish() -> list[Any]:
+        return [await adelay(redis_app.tasks["add"], number) for number in range(2)]
+
     redis_app.conf.task_send_sent_event = True
     client = Redis.from_url(redis_url(redis_app.conf.broker_url))
     with client.pubsub() as events:  # type: ignore[no-untyped-call]
         events.psubscribe("*celeryev*")
-        result = asyncio.run(adelay(redis_app.tasks["add"], 1))
-        event = eventually(lambda: events.get_message(ignore_subscribe_messages=True), 5)
-        assert result.id in json.dumps(base64.b64decode(json.loads(event["data"])["body"]).decode())
+        for result in asyncio.run(publish()):
+            event = eventually(lambda: events.get_message(ignore_subscribe_messages=True), 5)
+            body = base64.b64decode(json.loads(event["data"])["body"]).decode()
+            assert result.id in json.dumps(body)
         events.connection_pool.disconnect()
 
 
@@ -390,3 +395,85 @@ def test_importing_the_package_loads_no_library() -> None:
     )
     done = run_python("-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_settings_of_an_adopted_app_stay_its_own() -> None:
+    class Source:
+        broker_url = "memory://"
+        task_default_priority = 3
+
+    app = Celery(set_as_current=False)
+    held = app.conf
+    celeriac.adopt(app)
+    app.config_from_object(Source)
+    held.task_default_queue = "first"
+    assert app.conf.task_default_queue == "first"
+    app.conf.task_always_eager = True
+    assert held.task_always_eager
+    assert app.conf["CELERY_ALWAYS_EAGER"]  # the old name
+    assert app.conf.task_default_priority == 3
+    Source.task_default_priority = 4
+    assert app.conf.task_default_priority == held.task_default_priority == 4
+    app.conf.clear()
+    assert not app.conf.task_always_eager
+    assert app.conf.copy() == held.copy()
+    with pytest.raises(AttributeError):
+        _ = app.conf.no_such_setting
+    with pytest.raises(KeyError):
+        _ = app.conf["no_such_setting"]
+
+
+@pytest.mark.parametrize("connected", [[], ["before"], ["after"]])
+def test_what_celery_and_its_extensions_do_around_a_message_stays_so(
+    redis_app: Celery, connected: list[str]
+) -> None:
+    seen: list[str] = []
+
+    def note(**_: Any) -> None:
+        seen.append(f"signal with {len(took_task_ids(redis_app))} there")
+
+    class Retold(redis_app.Task):  # type: ignore[misc]
+        def apply_async(self, *args: Any, **options: Any) -> Any:
+            result = super().apply_async(*args, **options)
+            seen.append(f"task with {len(took_task_ids(redis_app))} there")
+            return result
+
+    @redis_app.task(base=Retold, shared=False)
+    def retold() -> None: ...
+
+    listening = {"before": signals.before_task_publish, "after": signals.after_task_publish}
+
+    async def publish() -> None:
+        await redis_app.tasks["add"].adelay(1)
+        await retold.adelay()
+        seen.clear()
+        took_task_ids(redis_app)
+        for name in connected:
+            listening[name].connect(note)
+        await redis_app.tasks["add"].adelay(1)
+        for name in connected:
+            listening[name].disconnect(note)
+        took_task_ids(redis_app)
+        await retold.adelay()
+        await publish_many([retold.s()])
+
+    asyncio.run(publish())
+    noted = {"before": ["signal with 0 there"], "after": ["signal with 1 there"]}
+    expected = [line for name in connected for line in noted[name]]
+    assert seen == [*expected, *["task with 1 there"] * 2]
+
+
+def test_a_message_that_goes_through_an_exchange_reaches_its_queues(redis_app: Celery) -> None:
+    exchange = Exchange("news", type="topic")  # type: ignore[no-untyped-call]
+    name = redis_app.conf.task_default_queue
+    queue = Queue(name, exchange, routing_key="news.#")  # type: ignore[no-untyped-call]
+    redis_app.conf.task_queues = [queue]
+    add = redis_app.tasks["add"]
+
+    async def publish() -> list[str]:
+        options = {"exchange": "news", "routing_key": "news.sport"}
+        results = [await add.aapply_async((number,), **options) for number in range(3)]
+        results += await publish_many([add.s(number).set(**options) for number in range(20)])
+        return [result.id for result in results]
+
+    assert sorted(asyncio.run(publish())) == sorted(took_task_ids(redis_app))

@@ -17,11 +17,13 @@ FEATURES = ["users"]
 def create_celery_app(config: Config | None = None) -> Celery:
     """The Celery app, all its tasks loaded. Knows nothing of the web side."""
     from project import logs, routing
+    from project.lifespan import lifespan
 
     config = config or load_config()
     celery = create_celery(
         config,
         name="project",
+        lifespan=lifespan,
         include=[f"project.{feature}.tasks" for feature in FEATURES],
         task_routes=(routing.route_task,),
     )

@@ -21,6 +21,8 @@ class Config(Settings):
     flower_url: str = "http://127.0.0.1:5557"
     log_format: Literal["text", "json"] = "text"
 
+    # Tasks that wait share one process; CELERY_WORKER_POOL=prefork has Celery's own pool instead.
+    celery_worker_pool: str = "celeriac.pool:TaskPool"
     celery_task_default_queue: str = "default"
     celery_task_queues: list[str] = ["default", "high_priority", "low_priority"]
     # A misspelt queue is an error at once, not a queue that no worker listens on.

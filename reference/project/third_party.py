@@ -1,10 +1,18 @@
 """The third party: a mailing list somewhere on the network, slow and at times broken."""
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from weakref import WeakKeyDictionary
+
 import httpx
 
 from project.config import get_config
 
 TIMEOUT = 10.0  # seconds
+
+# A client's connections belong to the event loop that they were opened on.
+_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, httpx.AsyncClient] = WeakKeyDictionary()
 
 
 class ThirdPartyError(Exception):
@@ -15,16 +23,33 @@ class TemporaryError(ThirdPartyError):
     """It failed in a way that may pass: worth another try."""
 
 
-def subscribe(email: str) -> None:
+@asynccontextmanager
+async def shared_client() -> AsyncIterator[None]:
+    """One client for all calls on this event loop: its connections are kept and used again."""
+    loop = asyncio.get_running_loop()
+    async with httpx.AsyncClient(timeout=TIMEOUT) as client:
+        _clients[loop] = client
+        yield
+        _clients.pop(loop, None)
+
+
+def _client() -> AbstractAsyncContextManager[httpx.AsyncClient]:
+    """The shared one, or, where nobody opened it, as in a shell, one for a single call."""
+    client = _clients.get(asyncio.get_running_loop())
+    return httpx.AsyncClient(timeout=TIMEOUT) if client is None else nullcontext(client)
+
+
+async def subscribe(email: str) -> None:
     """Put `email` on the list.
 
     Raises TemporaryError where trying again may help (no connection, time-out, 429, 5xx), and
     ThirdPartyError where it cannot.
     """
     try:
-        response = httpx.post(
-            f"{get_config().mailing_list_url}/members", json={"email": email}, timeout=TIMEOUT
-        )
+        async with _client() as client:
+            response = await client.post(
+                f"{get_config().mailing_list_url}/members", json={"email": email}
+            )
         response.raise_for_status()
     except httpx.HTTPStatusError as error:
         status = error.response.status_code

@@ -12,23 +12,21 @@ from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
 
-from celeriac import use_app
 from celeriac.fastapi import SameOriginMiddleware, attach, status_router
 from project import logs, pages
 from project.config import Config
-from project.database import get_database
+from project.lifespan import lifespan
 from project.users.views import router as users_router
 
 
 def build(config: Config, celery: Celery) -> FastAPI:
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        yield
-        with use_app(celery):
-            await get_database().adispose()
+    async def of_web(app: FastAPI) -> AsyncIterator[None]:
+        async with lifespan(celery):
+            yield
 
     # FastAPI's own pages of the API load their scripts from a CDN.
-    app: FastAPI = FastAPIOffline(title="Celeriac reference system", lifespan=lifespan)
+    app: FastAPI = FastAPIOffline(title="Celeriac reference system", lifespan=of_web)
     app.state.config = config
     attach(app, celery)
     app.add_middleware(SameOriginMiddleware)

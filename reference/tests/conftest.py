@@ -3,6 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -44,7 +45,7 @@ def app(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FastAPI]:
 
 
 @pytest.fixture
-def client(app: FastAPI) -> Iterator[TestClient]:
+def client(app: FastAPI, mailing_list: list[httpx.Request]) -> Iterator[TestClient]:
     with TestClient(app) as client:
         yield client
 
@@ -58,9 +59,6 @@ def mailing_list(monkeypatch: pytest.MonkeyPatch) -> list[httpx.Request]:
         received.append(request)
         return httpx.Response(201)
 
-    def post(url: str, **options: object) -> httpx.Response:
-        with httpx.Client(transport=httpx.MockTransport(answer)) as client:
-            return client.post(url, json=options["json"])
-
-    monkeypatch.setattr("project.third_party.httpx.post", post)
+    client = partial(httpx.AsyncClient, transport=httpx.MockTransport(answer))
+    monkeypatch.setattr("project.third_party.httpx.AsyncClient", client)
     return received

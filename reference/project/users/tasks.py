@@ -3,7 +3,7 @@
 Only TemporaryError is tried again: a programming error fails at once, however often it is called.
 """
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
@@ -28,17 +28,17 @@ def divide(x: float, y: float) -> float:
 
 
 @shared_task
-def subscribe_to_list(email: str) -> str:
+async def subscribe_to_list(email: str) -> str:
     """The form's task: one call, no second try; its failure is what the page shows."""
-    subscribe(email)
+    await subscribe(email)
     return f"{email} is on the list"
 
 
 # 1. By hand: the task decides when, and after what.
 @shared_task(bind=True, max_retries=3)
-def process_notification(self: Task, email: str = "webhook@example.com") -> str:
+async def process_notification(self: Task, email: str = "webhook@example.com") -> str:
     try:
-        subscribe(email)
+        await subscribe(email)
     except TemporaryError as error:
         raise self.retry(exc=error, countdown=5) from error
     return "delivered"
@@ -46,8 +46,8 @@ def process_notification(self: Task, email: str = "webhook@example.com") -> str:
 
 # 2. By declaration: waits of 1, 2, 4 … 60 s, each shortened by chance so that they do not align.
 @shared_task(autoretry_for=(TemporaryError,), max_retries=5, retry_backoff=1, retry_backoff_max=60)
-def subscribe_with_backoff(email: str) -> str:
-    subscribe(email)
+async def subscribe_with_backoff(email: str) -> str:
+    await subscribe(email)
     return "delivered"
 
 
@@ -61,22 +61,22 @@ class ThirdPartyTask(Task):  # type: ignore[misc]
 
 
 @shared_task(base=ThirdPartyTask, name="high_priority:subscribe_now")
-def subscribe_now(email: str) -> str:
-    subscribe(email)
+async def subscribe_now(email: str) -> str:
+    await subscribe(email)
     return "delivered"
 
 
 # 4. By decorator: where the error is known only to the function that it wraps.
 def retrying(
     *errors: type[Exception], countdown: float, max_retries: int
-) -> Callable[[Callable[P, R]], Callable[..., R]]:
+) -> Callable[[Callable[P, Awaitable[R]]], Callable[..., Awaitable[R]]]:
     """Run the function as a bound task that tries again after `errors`."""
 
-    def decorate(function: Callable[P, R]) -> Callable[..., R]:
+    def decorate(function: Callable[P, Awaitable[R]]) -> Callable[..., Awaitable[R]]:
         @wraps(function)
-        def run(self: Task, *args: P.args, **kwargs: P.kwargs) -> R:
+        async def run(self: Task, *args: P.args, **kwargs: P.kwargs) -> R:
             try:
-                return function(*args, **kwargs)
+                return await function(*args, **kwargs)
             except errors as error:
                 raise self.retry(exc=error, countdown=countdown, max_retries=max_retries) from error
 
@@ -87,8 +87,8 @@ def retrying(
 
 @shared_task(bind=True, name="low_priority:subscribe_someday")
 @retrying(TemporaryError, countdown=30, max_retries=10)
-def subscribe_someday(email: str) -> str:
-    subscribe(email)
+async def subscribe_someday(email: str) -> str:
+    await subscribe(email)
     return "delivered"
 
 

@@ -56,10 +56,10 @@ async def task_status(task_id: TaskId, reader: ReaderDep) -> TaskState:
 
 
 @router.post("/webhook_test/")
-def webhook_test() -> str:
+async def webhook_test() -> str:
     """The blocking way: the caller waits for the third party, and sees its failure."""
     try:
-        third_party.subscribe("webhook@example.com")
+        await third_party.subscribe("webhook@example.com")
     except third_party.ThirdPartyError as error:
         raise HTTPException(status.HTTP_502_BAD_GATEWAY, str(error)) from error
     return "pong"

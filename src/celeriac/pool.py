@@ -20,9 +20,10 @@ from functools import partial
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
+from celery.concurrency import get_implementation
 from celery.concurrency.base import BasePool
 from celery.exceptions import SoftTimeLimitExceeded
-from celery.signals import celeryd_init
+from celery.signals import celeryd_init, worker_init
 from celery.worker import state as worker_state
 from celery.worker.request import Request
 
@@ -370,9 +371,15 @@ class TaskPool(BasePool):  # type: ignore[misc]
 @celeryd_init.connect  # type: ignore[untyped-decorator]
 def _default_concurrency(instance: Any, options: Mapping[str, Any], **_: Any) -> None:
     """Tasks at once cost no processor each here: Celery's default is the processors' number."""
-    conf = instance.app.conf
-    if options.get("pool_cls") is TaskPool and not conf.worker_concurrency:
-        conf.worker_concurrency = DEFAULT_CONCURRENCY
+    if options.get("concurrency") or instance.app.conf.worker_concurrency:
+        return
+
+    def replace(sender: Any, **_: Any) -> None:
+        if get_implementation(sender.pool_cls) is TaskPool:
+            sender.concurrency = DEFAULT_CONCURRENCY
+
+    # The command line has put Celery's default into the options by now: it is replaced later.
+    worker_init.connect(replace, sender=instance, weak=False)
 
 
 def _decoded(args: Sequence[Any], accepted: Callable[..., Any]) -> Sequence[Any]:

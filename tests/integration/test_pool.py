@@ -154,6 +154,12 @@ def test_rate_limits_and_etas_hold(worker: Worker) -> None:
         expired.get(timeout=20)
 
 
+def test_a_hundred_tasks_run_at_once_where_nobody_says_how_many(valkey: Valkey) -> None:
+    urls = valkey.celery_url, valkey.celery_url
+    with Worker("pool_app", "celeriac", *urls, "-c", "0") as worker:
+        assert worker.control("stats")["pool"]["max-concurrency"] == 100
+
+
 def test_the_pool_grows_and_shrinks(servers: tuple[str, str]) -> None:
     with Worker("pool_app", "celeriac", *servers, "-c", "1") as worker:
         first, second = worker.send("wait", 20, "first"), worker.send("wait", 20, "second")

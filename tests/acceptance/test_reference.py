@@ -15,6 +15,7 @@ from websockets.typing import Origin
 
 from support import REFERENCE, eventually, python
 from system import System
+from workers import APPS
 
 USER = {"email": "ada@example.com", "username": "ada"}
 UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}"
@@ -138,7 +139,7 @@ def test_p01_p05_the_post_is_quick_while_tasks_are_slow_and_two_workers_share(
             took.append(time.perf_counter() - began)
         assert min(took) < 0.1
         assert system.http.get("/health-check").elapsed.total_seconds() < 0.5
-        # Four tasks of 3 s at the same time need both workers of two processes each.
+        # Four tasks at once: each of the two workers takes of them what the other leaves.
         second.wait_for(rf"Task project\.users\.tasks\.subscribe_to_list\[{UUID}\] received")
         for task_id in ids:
             assert states(system, task_id)[-1] == "SUCCESS"
@@ -273,18 +274,42 @@ def test_p22_p28_celeriac_settings_shows_values_sources_and_no_secret(system: Sy
         assert "s3cret" not in shown.output
 
 
-def test_p28_a_soft_time_limit_from_the_environment_cuts_a_task(system: System) -> None:
+def test_the_worker_runs_the_pool_for_async_tasks(system: System) -> None:
+    system.behave(delay=2)
+    (stats,) = system.producer.control.inspect(timeout=5).stats().values()
+    assert stats["pool"]["implementation"] == "celeriac.pool:TaskPool"
+    assert stats["pool"]["max-concurrency"] == 100
+    began = time.monotonic()
+    ids = [submit(system) for _ in range(30)]
+    assert {tuple(states(system, task_id))[-1] for task_id in ids} == {"SUCCESS"}
+    assert time.monotonic() - began < 20  # one after the other, they would take 60 s
+
+
+@pytest.mark.parametrize(
+    ("pool", "name"),
+    [
+        ("", "high_priority:subscribe_now"),
+        ("prefork", "high_priority:subscribe_now"),
+        ("prefork", "high_priority:block"),  # synchronous
+    ],
+)
+def test_p28_a_soft_time_limit_from_the_environment_cuts_a_task(
+    system: System, pool: str, name: str
+) -> None:
     system.behave(delay=5)
-    env = system.env | {"CELERY_TASK_SOFT_TIME_LIMIT": "1"}
-    worker = ("-m", "celery", "-A", "main.celery", "worker", "-l", "info", "-Q", "high_priority")
+    env = system.env | {"CELERY_TASK_SOFT_TIME_LIMIT": "2", "PYTHONPATH": str(APPS)}
+    env |= {"CELERY_WORKER_POOL": pool} if pool else {}
+    worker = ["-m", "celery", "-A", "main.celery", "worker", "-l", "info", "-Q", "high_priority"]
+    worker += ["-c", "2", "-I", "block"]
     control = system.producer.control
     assert control.cancel_consumer("high_priority", reply=True)
     try:
         with python(*worker, "-n", "limited@%h", cwd=REFERENCE, env=env) as limited:
-            name = limited.wait_for(r"(limited@\S+) ready\.").group(1)
-            (conf,) = system.producer.control.inspect([name]).conf().values()
-            assert conf["task_soft_time_limit"] == 1
-            task_id = system.send("high_priority:subscribe_now", "a@example.com")
+            node = limited.wait_for(r"(limited@\S+) ready\.").group(1)
+            (conf,) = system.producer.control.inspect([node]).conf().values()
+            assert conf["task_soft_time_limit"] == 2
+            assert conf["worker_pool"] == (pool or "celeriac.pool:TaskPool")
+            task_id = system.send(name, "a@example.com")
             last = frames(system, task_id)[-1]
             assert last["state"] == "FAILURE"
             assert str(last["error"]).startswith("SoftTimeLimitExceeded")

@@ -1,7 +1,11 @@
-"""Tasks with `async def` bodies, for workers of every pool; the environment says which broker."""
+"""Tasks with `async def` bodies, for workers of every pool; the environment says which broker.
+
+Those whose names end in `_sync` have synchronous bodies and do the same.
+"""
 
 import asyncio
 import os
+import time
 from typing import Any
 
 from celery import Celery, Task, current_task, shared_task, signals
@@ -33,6 +37,11 @@ async def add(self: Task, x: int, y: int) -> int:
 
 
 @celery.task(bind=True)
+def add_sync(self: Task, x: int, y: int) -> int:
+    return x + y
+
+
+@celery.task(bind=True)
 async def who_am_i(self: Task) -> list[str]:
     """The request's id as the body sees it, and an asyncio task, and a thread that it starts."""
 
@@ -50,9 +59,21 @@ async def who_am_i(self: Task) -> list[str]:
     ]
 
 
+@celery.task(bind=True)
+def who_am_i_sync(self: Task) -> list[str]:
+    before = self.request.id
+    time.sleep(0.05)  # others have their turn
+    return [before, self.request.id, current_task.request.id, current_task.request.id]
+
+
 @celery.task
 async def total(numbers: list[int]) -> int:
     await asyncio.sleep(0)
+    return sum(numbers)
+
+
+@celery.task
+def total_sync(numbers: list[int]) -> int:
     return sum(numbers)
 
 
@@ -62,9 +83,22 @@ async def fail(message: str) -> None:
     raise ValueError(message)
 
 
+@celery.task
+def fail_sync(message: str) -> None:
+    raise ValueError(message)
+
+
 @celery.task(bind=True, max_retries=2)
 async def retry_by_hand(self: Task) -> int:
     await asyncio.sleep(0)
+    if self.request.retries < 2:
+        raise self.retry(countdown=0.1)
+    tries: int = self.request.retries
+    return tries
+
+
+@celery.task(bind=True, max_retries=2)
+def retry_by_hand_sync(self: Task) -> int:
     if self.request.retries < 2:
         raise self.retry(countdown=0.1)
     tries: int = self.request.retries
@@ -80,8 +114,22 @@ async def retry_by_declaration(self: Task) -> int:
     return tries
 
 
+@celery.task(bind=True, autoretry_for=(ConnectionError,), max_retries=2, default_retry_delay=0.1)
+def retry_by_declaration_sync(self: Task) -> int:
+    if self.request.retries < 2:
+        raise ConnectionError
+    tries: int = self.request.retries
+    return tries
+
+
 @celery.task(bind=True)
 async def ignore(self: Task) -> None:
+    self.update_state(state="SEEN")
+    raise Ignore
+
+
+@celery.task(bind=True)
+def ignore_sync(self: Task) -> None:
     self.update_state(state="SEEN")
     raise Ignore
 
@@ -92,8 +140,19 @@ async def reject() -> None:
     raise Reject("no", requeue=False)
 
 
+@celery.task(acks_late=True)
+def reject_sync() -> None:
+    note("reject", "run")
+    raise Reject("no", requeue=False)
+
+
 @celery.task
 async def handle_error(request: Any, error: Exception, traceback: Any) -> None:
+    note("errback", error)
+
+
+@celery.task
+def handle_error_sync(request: Any, error: Exception, traceback: Any) -> None:
     note("errback", error)
 
 
@@ -149,6 +208,11 @@ async def mirror(point: Point) -> Point:
     return Point(x=point.y, y=point.x)
 
 
+@celery.task(pydantic=True)
+def mirror_sync(point: Point) -> Point:
+    return Point(x=point.y, y=point.x)
+
+
 class Foreign(Task):  # type: ignore[misc]
     """Somebody's base class that knows nothing of ours."""
 
@@ -162,6 +226,11 @@ async def foreign(x: int) -> int:
     return x
 
 
+@celery.task(base=Foreign)
+def foreign_sync(x: int) -> int:
+    return x
+
+
 celery.finalize()
 
 
@@ -169,6 +238,11 @@ celery.finalize()
 async def foreign_and_late(x: int) -> int:
     """Made after the app was finalized, as in a module that is imported late."""
     await asyncio.sleep(0)
+    return x
+
+
+@celery.task(base=Foreign)
+def foreign_and_late_sync(x: int) -> int:
     return x
 
 
@@ -183,9 +257,24 @@ class ClassBased(celery.Task):  # type: ignore[misc,name-defined]
 class_based = celery.register_task(ClassBased())
 
 
+class ClassBasedSync(celery.Task):  # type: ignore[misc,name-defined]
+    name = "async_app.class_based_sync"
+
+    def run(self, x: int) -> int:
+        return x + 1
+
+
+class_based_sync = celery.register_task(ClassBasedSync())
+
+
 @shared_task
 async def shared(x: int) -> int:
     await asyncio.sleep(0)
+    return x
+
+
+@shared_task
+def shared_sync(x: int) -> int:
     return x
 
 
@@ -198,11 +287,13 @@ async def eager_call() -> int:
 
 
 @celery.task
-def synchronous(x: int) -> int:
-    return x
+def eager_call_sync() -> int:
+    """A synchronous body that runs an async one."""
+    result: int = add.apply((20, 22)).result
+    return result
 
 
 @signals.task_success.connect
 def succeeded(sender: Task, result: object, **_: object) -> None:
-    if sender.name == "async_app.foreign":
+    if sender.name.startswith("async_app.foreign"):
         note("success", result)

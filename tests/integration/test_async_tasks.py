@@ -1,4 +1,4 @@
-"""`async def` tasks under Celery's own tracer, in every stock pool, on every broker."""
+"""`async def` tasks beside synchronous ones, in every pool, on every broker: both as in Celery."""
 
 import asyncio
 import os
@@ -31,68 +31,78 @@ def worker(request: pytest.FixtureRequest, servers: tuple[str, str]) -> Iterator
         yield running
 
 
-def test_a_body_gives_its_value(worker: Worker) -> None:
-    assert worker.send("add", 1, 2).get(timeout=10) == 3
-    assert worker.send("synchronous", 1).get(timeout=10) == 1
-    assert worker.send("class_based", 1).get(timeout=10) == 2
-    assert worker.send("shared", 1).get(timeout=10) == 1
+@pytest.fixture(params=["async", "sync"])
+def kind(request: pytest.FixtureRequest) -> str:
+    """What the names of tasks with such bodies end in."""
+    return {"async": "", "sync": "_sync"}[request.param]
 
 
-def test_an_error_is_a_failure_with_its_traceback_in_the_body(worker: Worker) -> None:
-    result = worker.send("fail", "why")
+def test_a_body_gives_its_value(worker: Worker, kind: str) -> None:
+    assert worker.send(f"add{kind}", 1, 2).get(timeout=10) == 3
+    assert worker.send(f"class_based{kind}", 1).get(timeout=10) == 2
+    assert worker.send(f"shared{kind}", 1).get(timeout=10) == 1
+
+
+def test_an_error_is_a_failure_with_its_traceback_in_the_body(worker: Worker, kind: str) -> None:
+    result = worker.send(f"fail{kind}", "why")
     with pytest.raises(ValueError, match="why"):
         result.get(timeout=10)
-    assert "in fail" in result.traceback
+    assert f"in fail{kind}" in result.traceback
 
 
-def test_the_request_is_the_tasks_own_everywhere_in_the_body(worker: Worker) -> None:
-    results = [worker.send("who_am_i") for _ in range(20)]
+def test_the_request_is_the_tasks_own_everywhere_in_the_body(worker: Worker, kind: str) -> None:
+    results = [worker.send(f"who_am_i{kind}") for _ in range(20)]
     for result in results:
         assert result.get(timeout=20) == [result.id] * 4
 
 
-def test_retries_by_hand_and_by_declaration(worker: Worker) -> None:
-    assert worker.send("retry_by_hand").get(timeout=20) == 2
-    assert worker.send("retry_by_declaration").get(timeout=20) == 2
+def test_retries_by_hand_and_by_declaration(worker: Worker, kind: str) -> None:
+    assert worker.send(f"retry_by_hand{kind}").get(timeout=20) == 2
+    assert worker.send(f"retry_by_declaration{kind}").get(timeout=20) == 2
 
 
-def test_chain_group_and_chord(worker: Worker) -> None:
+def test_chain_group_and_chord(worker: Worker, kind: str) -> None:
     s = worker.signature
-    assert chain(s("add", 1, 1), s("add", 2), app=worker.client).delay().get(timeout=20) == 4
-    numbers = group([s("add", n, n) for n in range(5)], app=worker.client)
+    assert (
+        chain(s(f"add{kind}", 1, 1), s(f"add{kind}", 2), app=worker.client).delay().get(timeout=20)
+        == 4
+    )
+    numbers = group([s(f"add{kind}", n, n) for n in range(5)], app=worker.client)
     assert numbers.delay().get(timeout=20) == [0, 2, 4, 6, 8]
-    assert chord(numbers, s("total"), app=worker.client).delay().get(timeout=20) == 20
+    assert chord(numbers, s(f"total{kind}"), app=worker.client).delay().get(timeout=20) == 20
 
 
-def test_ignore_reject_and_errbacks(worker: Worker) -> None:
-    ignored = worker.send("ignore")
+def test_ignore_reject_and_errbacks(worker: Worker, kind: str) -> None:
+    ignored = worker.send(f"ignore{kind}")
     eventually(lambda: ignored.state == "SEEN")
-    worker.send("reject")
+    worker.send(f"reject{kind}")
     assert worker.noted("reject") == "run"
-    worker.send("fail", "told", link_error=worker.signature("handle_error"))
+    worker.send(f"fail{kind}", "told", link_error=worker.signature(f"handle_error{kind}"))
     assert worker.noted("errback") == "told"
 
 
-def test_a_linked_task_gets_the_value(worker: Worker) -> None:
-    linked = worker.signature("add", 10)
+def test_a_linked_task_gets_the_value(worker: Worker, kind: str) -> None:
+    linked = worker.signature(f"add{kind}", 10)
     linked.set(task_id=f"linked-{worker.pool}-{os.urandom(4).hex()}")
-    worker.send("add", 1, 2, link=linked)
+    worker.send(f"add{kind}", 1, 2, link=linked)
     followed = worker.client.AsyncResult(linked.id)
     assert followed.get(timeout=10) == 13
 
 
 def test_a_foreign_base_class_runs_async_bodies_with_its_hooks_and_signals(
     worker: Worker,
+    kind: str,
 ) -> None:
-    assert worker.send("foreign", 7).get(timeout=10) == 7
+    assert worker.send(f"foreign{kind}", 7).get(timeout=10) == 7
     assert worker.noted("success") == "7"
     assert worker.noted("after_return") == "SUCCESS"
-    assert worker.send("foreign_and_late", 8).get(timeout=10) == 8
+    assert worker.send(f"foreign_and_late{kind}", 8).get(timeout=10) == 8
+    assert worker.noted("success") == "8"
     assert worker.noted("after_return") == "SUCCESS"
 
 
-def test_pydantic_models_go_in_and_out(worker: Worker) -> None:
-    assert worker.send("mirror", {"x": 1, "y": 2}).get(timeout=10) == {"x": 2, "y": 1}
+def test_pydantic_models_go_in_and_out(worker: Worker, kind: str) -> None:
+    assert worker.send(f"mirror{kind}", {"x": 1, "y": 2}).get(timeout=10) == {"x": 2, "y": 1}
 
 
 def test_one_loop_serves_every_task_of_a_process(worker: Worker) -> None:
@@ -106,8 +116,8 @@ def test_what_a_body_leaves_running_is_cancelled_and_awaited(worker: Worker) -> 
     assert worker.noted("child") == "cleaned up"
 
 
-def test_an_eager_call_inside_a_body_does_not_wait_for_itself(worker: Worker) -> None:
-    assert worker.send("eager_call").get(timeout=10) == 42
+def test_an_eager_call_inside_a_body_does_not_wait_for_itself(worker: Worker, kind: str) -> None:
+    assert worker.send(f"eager_call{kind}").get(timeout=10) == 42
 
 
 def test_a_body_that_cancels_itself_is_a_failure_that_says_so(worker: Worker) -> None:

@@ -1,0 +1,233 @@
+"""The bridge from Celery's synchronous code to a loop, and the threads beside the loop."""
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Coroutine, Iterator
+from typing import Any
+
+import pytest
+from celery.exceptions import SoftTimeLimitExceeded
+
+from celeriac import bridge
+from celeriac.errors import BodyCancelledError
+from celeriac.loop import DaemonThreads
+from support import eventually
+
+
+@pytest.fixture(autouse=True)
+def _close_loop() -> Iterator[None]:
+    yield
+    bridge.close()
+
+
+class Traced:
+    """A call as the tracer makes it: it runs a body, and has work to do after it."""
+
+    def __init__(self, body: Callable[[], Coroutine[Any, Any, str]]) -> None:
+        self._body = body
+        self.seen: list[str] = []
+        self.started, self.work_done = asyncio.Event(), asyncio.Event()
+        self.hosted = bridge.Hosted(self._call)
+
+    def _call(self) -> str:
+        self.seen.append("begun")
+        try:
+            return bridge.run_body(self._body())
+        except BaseException as error:
+            self.seen.append(type(error).__name__)
+            raise
+        finally:
+            self.started.set()
+            bridge.run(self.work_done.wait())
+            self.seen.append("done")
+
+
+async def one() -> str:
+    return "value"
+
+
+def test_outside_a_loop_offload_is_a_plain_call() -> None:
+    assert bridge.offload(threading.current_thread) is threading.current_thread()
+
+
+def test_inside_a_loop_offload_leaves_it_free_and_raises_what_was_raised() -> None:
+    async def main() -> None:
+        turns = asyncio.create_task(asyncio.sleep(0.01))
+        go = threading.Event()
+        turns.add_done_callback(lambda _: go.set())
+        assert await bridge.call(lambda: bridge.offload(go.wait, 5))
+        thread = await bridge.call(lambda: bridge.offload(threading.current_thread))
+        assert thread is not threading.current_thread()
+        with pytest.raises(ValueError, match="invalid literal"):
+            await bridge.call(lambda: bridge.offload(int, "x"))
+
+    asyncio.run(main())
+
+
+def test_stopped_before_its_body_a_call_never_starts_it() -> None:
+    async def main() -> None:
+        traced = Traced(one)
+        traced.work_done.set()
+        assert traced.hosted.stop()
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(traced.hosted.run())
+        assert traced.seen == ["begun", "CancelledError", "done"]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("catches", [False, True])
+def test_stopped_in_its_body_a_call_cleans_up_once_and_has_no_outcome(catches: bool) -> None:
+    seen = []
+
+    async def main() -> None:
+        started = asyncio.Event()
+
+        async def body() -> str:
+            try:
+                started.set()
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                await asyncio.sleep(0.01)
+                seen.append("cleaned up")
+                if not catches:
+                    raise
+            return "an end of its own"
+
+        traced = Traced(body)
+        traced.work_done.set()
+        task = asyncio.create_task(traced.hosted.run())
+        await started.wait()
+        assert traced.hosted.in_body
+        assert traced.hosted.stop()
+        assert not traced.hosted.stop()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert traced.seen == ["begun", "CancelledError", "done"]
+
+    asyncio.run(main())
+    assert seen == ["cleaned up"]
+
+
+def test_after_its_body_a_call_is_never_cut_short() -> None:
+    async def main() -> None:
+        traced = Traced(one)
+        task = asyncio.create_task(traced.hosted.run())
+        await traced.started.wait()
+        assert not traced.hosted.in_body
+        assert not traced.hosted.stop()
+        traced.work_done.set()
+        assert await task == "value"
+        assert traced.seen == ["begun", "done"]
+
+    asyncio.run(main())
+
+
+def test_what_is_thrown_is_raised_where_the_body_waits_and_may_be_caught() -> None:
+    async def main() -> None:
+        started = asyncio.Event()
+
+        async def body() -> str:
+            try:
+                started.set()
+                await asyncio.sleep(60)
+            except SoftTimeLimitExceeded:
+                await asyncio.sleep(0.01)
+            return "in time"
+
+        traced = Traced(body)
+        traced.work_done.set()
+        task = asyncio.create_task(traced.hosted.run())
+        await started.wait()
+        traced.hosted.throw(SoftTimeLimitExceeded(1))
+        assert await task == "in time"
+        assert not task.cancelling()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("outcome", ["value", "error", "cancelled"])
+def test_what_a_body_started_is_cancelled_and_awaited_at_any_end_of_it(outcome: str) -> None:
+    ended = []
+
+    async def child() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.sleep(0.01)
+            ended.append("child")
+
+    async def body() -> str:
+        children = [asyncio.create_task(child()) for _ in range(3)]
+        await asyncio.sleep(0)
+        if outcome == "error":
+            raise KeyError(len(children))
+        if outcome == "cancelled":
+            raise asyncio.CancelledError
+        return "value"
+
+    if outcome == "value":
+        assert bridge.run_body(body()) == "value"
+    else:
+        error = {"error": KeyError, "cancelled": BodyCancelledError}[outcome]
+        with pytest.raises(error):
+            bridge.run_body(body())
+    assert ended == ["child"] * 3
+
+
+def test_idle_threads_are_used_again_and_never_more_than_allowed() -> None:
+    threads = DaemonThreads(3, "test-idle")
+    try:
+        for n in range(20):
+            assert threads.submit(lambda n=n: n).result(5) == n
+            eventually(lambda: threads._idle)
+        assert threads.count == 1
+        barrier = threading.Barrier(3)
+        assert [f.result(5) for f in [threads.submit(barrier.wait, 5) for _ in range(3)]]
+        assert threads.count == 3
+        waiting = [threads.submit(threading.current_thread) for _ in range(20)]
+        assert len({future.result(5) for future in waiting}) <= 3
+        assert threads.count == 3
+    finally:
+        threads.shutdown()
+
+
+def test_idle_threads_keep_nothing_of_what_they_did() -> None:
+    class Thing:
+        pass
+
+    threads = DaemonThreads(2, "test-kept")
+    try:
+        thing = Thing()
+        future = threads.submit(lambda given: given, thing)
+        assert future.result(5) is thing
+        kept = weakref.ref(thing)
+        del thing, future
+        eventually(lambda: gc.collect() + 1 and kept() is None)
+    finally:
+        threads.shutdown()
+
+
+def test_a_call_that_was_cancelled_while_it_waited_does_not_run() -> None:
+    threads, go = DaemonThreads(1, "test-cancelled"), threading.Event()
+    try:
+        threads.submit(go.wait, 5)
+        ran: list[int] = []
+        waiting = threads.submit(ran.append, 1)
+        assert waiting.cancel()
+        go.set()
+        threads.submit(ran.append, 2).result(5)
+        assert ran == [2]
+    finally:
+        threads.shutdown()
+
+
+def test_the_threads_end_when_they_are_shut_down() -> None:
+    threads = DaemonThreads(2, "test-ended")
+    barrier = threading.Barrier(2)
+    for future in [threads.submit(barrier.wait, 5) for _ in range(2)]:
+        future.result(5)
+    threads.shutdown()
+    eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith("test-ended")])

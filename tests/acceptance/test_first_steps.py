@@ -42,11 +42,35 @@ def test_p10_p18_the_web_side_starts_and_holds_the_live_celery_app(env: dict[str
         shell.wait_for(r"broker redis")
 
 
-def test_p11_p17_a_worker_runs_plain_tasks_and_another_process_reads_their_end(
+def test_p11_a_plain_file_of_somebodys_needs_one_call_more(
+    env: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "main.py").write_text(
+        "import os\n"
+        "from celery import Celery\n"
+        "import celeriac\n"
+        "broker = os.environ['CELERY_BROKER_URL']\n"
+        "celery = Celery('worker', broker=broker, backend=broker)\n"
+        "celeriac.adopt(celery)\n"
+        "@celery.task\n"
+        "def divide(x, y):\n"
+        "    return x / y\n"
+    )
+    command = ("-m", "celery", "-A", "main.celery", "worker", "--loglevel=info")
+    with python(*command, cwd=tmp_path, env=env) as worker:
+        worker.wait_for(r"\.> concurrency: \d+ \(prefork\)")
+        worker.wait_for(r"ready\.$")
+        code = "from main import divide; print('end', divide.delay(1, 2).get(timeout=10))"
+        with python("-c", code, cwd=tmp_path, env=env) as shell:
+            shell.wait_for(r"end 0\.5")
+
+
+def test_p11_p17_a_worker_runs_the_tasks_and_another_process_reads_their_end(
     worker: Process, env: dict[str, str]
 ) -> None:
     for line in (r"\.> app: +worker:", r"\.> transport: +redis", r"\.> results: ", r"concurrency:"):
         worker.wait_for(line)
+    worker.wait_for(r"concurrency: 100 \(pool\)")
     worker.wait_for(r"\.> celery +exchange=celery\(direct\) key=celery")
     worker.wait_for(r"^\[tasks\]\n  \. main\.divide")
     code = (

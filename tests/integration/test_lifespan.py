@@ -1,11 +1,15 @@
 """What every worker process opens before its first task and closes after its last."""
 
 import signal
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
+from celery import Celery
 
 from celeriac.embedded import Valkey
-from support import empty_redis
+from support import ROOT, clean_environment, empty_redis, python
 from workers import POOLS, Worker
 
 
@@ -51,3 +55,48 @@ def test_a_cold_shutdown_leaves_it_too(valkey: Valkey) -> None:
         worker.process.signal(signal.SIGQUIT)
         worker.process.wait()
         assert worker.noted("lifespan") == f"left {process}"
+
+
+@pytest.fixture
+def web_server() -> Iterator[tuple[str, set[int]]]:
+    """Its address, and the ports from which it was called."""
+    callers: set[int] = set()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections are kept
+
+        def do_GET(self) -> None:
+            callers.add(self.client_address[1])
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", callers
+        server.shutdown()
+        thread.join()
+
+
+def test_the_documented_example_shares_its_client_and_its_connections(
+    valkey: Valkey, web_server: tuple[str, set[int]]
+) -> None:
+    address, callers = web_server
+    folder = ROOT / "docs" / "howto" / "lifespan"
+    assert (folder / "main.py").read_text() in folder.with_suffix(".md").read_text()
+    empty_redis(valkey.celery_url)
+    client = Celery("client", broker=valkey.celery_url, backend=valkey.celery_url)
+    client.conf.broker_pool_limit = 0  # no pool: nothing is left to close
+    env = clean_environment(REDIS_URL=valkey.celery_url)
+    command = ("-m", "celery", "-A", "main.celery", "worker", "--loglevel=info")
+    with python(*command, cwd=folder, env=env) as worker:
+        worker.wait_for(r"ready\.$")
+        for _ in range(5):
+            assert client.send_task("main.fetch", (address,)).get(timeout=10) == 204
+        assert len(callers) == 1
+        worker.signal(signal.SIGTERM)
+        assert worker.wait() == 0
+    client.backend.result_consumer.stop()
+    client.backend.client.close()

@@ -63,10 +63,8 @@ def test_retries_by_hand_and_by_declaration(worker: Worker, kind: str) -> None:
 
 def test_chain_group_and_chord(worker: Worker, kind: str) -> None:
     s = worker.signature
-    assert (
-        chain(s(f"add{kind}", 1, 1), s(f"add{kind}", 2), app=worker.client).delay().get(timeout=20)
-        == 4
-    )
+    added = chain(s(f"add{kind}", 1, 1), s(f"add{kind}", 2), app=worker.client)
+    assert added.delay().get(timeout=20) == 4
     numbers = group([s(f"add{kind}", n, n) for n in range(5)], app=worker.client)
     assert numbers.delay().get(timeout=20) == [0, 2, 4, 6, 8]
     assert chord(numbers, s(f"total{kind}"), app=worker.client).delay().get(timeout=20) == 20

@@ -102,7 +102,7 @@ class UnsupportedPoolError(CeleriacError):
     def __init__(self, library: str) -> None:
         super().__init__(
             f"async def tasks need an event loop, which {library} has replaced: "
-            "run the worker with --pool prefork, threads or solo"
+            "give the worker another worker_pool: prefork, threads, solo or celeriac.pool:TaskPool"
         )
 
 

@@ -221,7 +221,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         elif job in self._running:
             logger.warning(
                 "%s runs on: a thread cannot be interrupted; to end synchronous tasks, run them "
-                "in a worker with --pool prefork",
+                'in a worker with worker_pool = "prefork"',
                 job.name,
             )
 
@@ -395,5 +395,5 @@ def _decoded(args: Sequence[Any], accepted: Callable[..., Any]) -> Sequence[Any]
 
 _UNKEPT_LIMITS = (
     "these synchronous tasks run in threads, which cannot be interrupted, so their time limits are "
-    "not kept here: %s; run them in a worker with --pool prefork"
+    "not kept here: %s; run them in a worker whose worker_pool is prefork"
 )

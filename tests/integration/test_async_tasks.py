@@ -229,7 +229,7 @@ def test_an_app_with_a_base_class_of_its_own_keeps_it() -> None:
 
 def test_green_threads_are_refused_with_a_clear_error() -> None:
     message = str(UnsupportedPoolError("gevent"))
-    assert "--pool prefork" in message
+    assert "prefork, threads, solo" in message
     code = (
         "import sys, types, asyncio\n"
         "fake = types.ModuleType('gevent'); monkey = types.ModuleType('gevent.monkey')\n"

@@ -106,9 +106,11 @@ def test_limits_given_with_the_call_hold(worker: Worker) -> None:
 
 
 def test_a_synchronous_task_with_a_time_limit_is_named_at_start(worker: Worker) -> None:
-    said = worker.process.wait_for(r"not kept here: (.*?); run them in a worker with (.*)$")
+    said = worker.process.wait_for(
+        r"not kept here: (.*?); run them in a worker whose worker_pool is (.*)$"
+    )
     assert said[1] == "pool_app.limited_and_synchronous"
-    assert said[2] == "--pool prefork"
+    assert said[2] == "prefork"
 
 
 def test_a_body_that_blocks_the_loop_is_named_with_where_it_stands(worker: Worker) -> None:

@@ -47,13 +47,18 @@ def shown(flower: httpx.Client, task_id: str, state: str) -> dict[str, Any]:
 
 
 def test_flower_shows_the_worker_and_its_pool(flower: httpx.Client, worker: Worker) -> None:
-    found = flower.get("/workers", params={"refresh": "1", "workername": worker.node}).json()
-    pool = found[worker.node]["stats"]["pool"]
+    def seen() -> dict[str, Any] | None:
+        query = {"refresh": "1", "workername": worker.node}
+        found: dict[str, Any] = flower.get("/workers", params=query).json().get(worker.node, {})
+        return found if {"stats", "registered", "active_queues"} <= found.keys() else None
+
+    found = eventually(seen, what="the worker in Flower, with what it answers")
+    pool = found["stats"]["pool"]
     assert pool["implementation"] == "celeriac.pool:TaskPool"
     assert pool["max-concurrency"] == 20
     assert pool["processes"] == [worker.process.pid]
-    assert "pool_app.wait" in found[worker.node]["registered"]
-    assert worker.queue in [queue["name"] for queue in found[worker.node]["active_queues"]]
+    assert "pool_app.wait" in found["registered"]
+    assert worker.queue in [queue["name"] for queue in found["active_queues"]]
 
 
 def test_flower_lists_the_tasks_with_names_and_states(flower: httpx.Client, worker: Worker) -> None:

@@ -128,7 +128,7 @@ async def test_many_followers_of_many_tasks_share_one_connection(
         for n, sequence in enumerate(await asyncio.gather(*watchers)):
             assert [event.state for event in sequence] == ["PENDING", "SUCCESS"]
             assert sequence[1].result == n % 50
-    assert connections(redis_server) == before
+    assert connections(redis_server) <= before  # fewer where an older one was still closing
 
 
 async def test_nothing_is_left_when_followers_leave_early(app: Celery, redis_server: str) -> None:
@@ -138,7 +138,7 @@ async def test_nothing_is_left_when_followers_leave_early(app: Celery, redis_ser
     for _ in range(200):
         async with reader.follow("a") as events:
             await anext(events)
-    assert connections(redis_server) == before
+    assert connections(redis_server) <= before  # fewer where an older one was still closing
     assert len(asyncio.all_tasks()) == tasks
     with Redis.from_url(redis_url(redis_server)) as client:
         assert client.pubsub_numsub("celery-task-meta-a") == [(b"celery-task-meta-a", 0)]

@@ -54,6 +54,7 @@ class Spec:
     It is ready when its port accepts connections (`http`: answers), or when a line matches `says`.
     `early`: needs no checked application and no migrated database.
     `worker`: on reload the old process finishes its tasks while the new one has already begun.
+    `extra`: the application's own, which its tasks may call, so it ends after them.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Spec:
     reloads: bool = False
     worker: bool = False
     early: bool = False
+    extra: bool = False
     first_time: tuple[str, ...] = ()
 
     @property
@@ -193,7 +195,7 @@ def extra_processes(
         _refuse_unknown(table, ("command", "port", "env"), where)
         port = _get(table, "port", int, where) + shift if "port" in table else None
         command = _with_port(_get(table, "command", str, where), port, f"{where}command")
-        specs.append(Spec(name, _words(command, f"{where}command"), port=port))
+        specs.append(Spec(name, _words(command, f"{where}command"), port=port, extra=True))
         env, where = _get(table, "env", dict, where), f"{where}env."
         for key in env:
             variables[key] = _with_port(_get(env, key, str, where), port, f"{where}{key}")

@@ -192,14 +192,19 @@ class Supervisor:
         self._stopping = True
         await cancel(*self._tasks)
         children = dict(self._children)
-        for child in children.keys() - self._draining:
+        first = {child: spec for child, spec in children.items() if not spec.extra}
+        for child in first.keys() - self._draining:
             child.signal(signal.SIGTERM)
-        if not await self._gone(children, ASK_AGAIN_AFTER, hurry):
-            for child, spec in children.items():
+        if not await self._gone(first, ASK_AGAIN_AFTER, hurry):
+            for child, spec in first.items():
                 if spec.worker:
                     # Celery's cold shutdown: running tasks with late acknowledgement are put back.
                     child.signal(signal.SIGQUIT)
-            await self._gone(children, KILL_AFTER - ASK_AGAIN_AFTER, hurry)
+            await self._gone(first, KILL_AFTER - ASK_AGAIN_AFTER, hurry)
+        last = children.keys() - first.keys()
+        for child in last:
+            child.signal(signal.SIGTERM)
+        await self._gone(last, 0.5, hurry)
         for child in children:
             if child.running:
                 child.kill()

@@ -224,6 +224,9 @@ def _task_factory(
 
 _process = ProcessLoop(_task_factory)
 _threads = DaemonThreads(_BLOCKING_CALLS, "celeriac-blocking")
+# Apart: who waits for a producer must not keep from a thread those who hold them all.
+_waiting_threads = DaemonThreads(_BLOCKING_CALLS, "celeriac-waiting")
+_sending_threads = DaemonThreads(_BLOCKING_CALLS, "celeriac-sending")
 
 
 def loop() -> asyncio.AbstractEventLoop:
@@ -253,14 +256,27 @@ def hosted() -> bool:
 
 def offload(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The value of the blocking `function`, called in a thread where it would block a loop."""
+    return _offload(_threads, partial(function, *args, **kwargs))
+
+
+def offload_wait(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`offload` for what waits until others give back what they hold."""
+    return _offload(_waiting_threads, partial(function, *args, **kwargs))
+
+
+def offload_send(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`offload` for what holds something that others wait for, and itself waits for none."""
+    return _offload(_sending_threads, partial(function, *args, **kwargs))
+
+
+def _offload(threads: DaemonThreads, function: Callable[[], T]) -> T:
     if not hosted():
-        return function(*args, **kwargs)
-    context = copy_context()
-    return run(_in_thread(partial(context.run, function, *args, **kwargs)))
+        return function()
+    return run(_in_thread(threads, partial(copy_context().run, function)))
 
 
-async def _in_thread(function: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(_threads, function)
+async def _in_thread(threads: DaemonThreads, function: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(threads, function)
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:

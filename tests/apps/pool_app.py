@@ -152,6 +152,13 @@ async def tick(seconds: float) -> float:
     return longest
 
 
+@celery.task(bind=True, max_retries=3)
+async def retry_three_times(self: Task) -> int:
+    if self.request.retries < 3:
+        raise self.retry(countdown=0)
+    return self.request.retries
+
+
 engine = create_async_engine(
     os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///unused.sqlite3"), pool_timeout=60
 )

@@ -315,3 +315,10 @@ def test_one_database_engine_serves_a_thousand_tasks_that_retry(
         sent = [worker.send("query", number) for number in range(count)]
         assert [result.get(timeout=90) for result in sent] == list(range(count))
         assert "different loop" not in worker.process.output
+
+
+def test_a_hundred_bodies_that_retry_at_once_do_not_wait_for_each_others_producers(
+    worker: Worker,
+) -> None:
+    sent = [worker.send("retry_three_times") for _ in range(150)]
+    assert {result.get(timeout=30) for result in sent} == {3}

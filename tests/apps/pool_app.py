@@ -159,6 +159,14 @@ async def retry_three_times(self: Task) -> int:
     return self.request.retries
 
 
+@celery.task
+async def exit_in_child() -> None:
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    await asyncio.create_task(leave())
+
+
 engine = create_async_engine(
     os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///unused.sqlite3"), pool_timeout=60
 )

@@ -322,3 +322,10 @@ def test_a_hundred_bodies_that_retry_at_once_do_not_wait_for_each_others_produce
 ) -> None:
     sent = [worker.send("retry_three_times") for _ in range(150)]
     assert {result.get(timeout=30) for result in sent} == {3}
+
+
+def test_an_asyncio_task_that_exits_ends_neither_the_loop_nor_the_worker(worker: Worker) -> None:
+    running = worker.send("wait", 2, "beside-exit")
+    worker.noted("beside-exit-started")
+    assert "WorkerLostError" in repr(worker.send("exit_in_child").get(timeout=10, propagate=False))
+    assert running.get(timeout=10) == "waited"

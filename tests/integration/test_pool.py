@@ -329,3 +329,22 @@ def test_an_asyncio_task_that_exits_ends_neither_the_loop_nor_the_worker(worker:
     worker.noted("beside-exit-started")
     assert "WorkerLostError" in repr(worker.send("exit_in_child").get(timeout=10, propagate=False))
     assert running.get(timeout=10) == "waited"
+
+
+def test_a_synchronous_task_has_its_turn_among_many_async_ones(servers: tuple[str, str]) -> None:
+    with Worker("pool_app", "celeriac", *servers, "-c", "5") as worker:
+        first = [worker.send("wait", 0.5, "first") for _ in range(5)]
+        synchronous = worker.send("block", 0)
+        after = [worker.send("wait", 0.1, "after") for _ in range(150)]
+        assert synchronous.get(timeout=20) == "blocked"
+        assert after[-1].state == "PENDING"
+        assert first[0].get(timeout=10) == "waited"
+
+
+def test_a_pool_that_grew_runs_more_synchronous_tasks_at_once(servers: tuple[str, str]) -> None:
+    with Worker("pool_app", "celeriac", *servers, "-c", "1") as worker:
+        worker.control("pool_grow", n=9)
+        began = time.monotonic()
+        sent = [worker.send("block", 1) for _ in range(5)]
+        assert {result.get(timeout=20) for result in sent} == {"blocked"}
+        assert time.monotonic() - began < 4  # one after the other, they would take 5 s

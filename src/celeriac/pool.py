@@ -203,11 +203,16 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._threads_used -= not job.is_async
         try:
             if tell is not None:
-                tell()
-        except Exception:
-            logger.exception("the end of %s was not noted", job.name)
+                self._tell(job, tell)
         finally:
             self._start_waiting()
+
+    def _tell(self, job: Job, tell: Callable[[], None]) -> None:
+        """Celery writes to the result backend here; an error must not end the main loop."""
+        try:
+            tell()
+        except Exception:
+            logger.exception("the end of %s was not noted", job.name)
 
     def _terminate(self, job: Job) -> None:
         job.revoked = True
@@ -362,11 +367,11 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def _out_of_soft_time(self, job: Job) -> None:
         if job.hosted.in_body and not job.hosted.stopped:
             job.hosted.throw(SoftTimeLimitExceeded(job.soft_limit))
-            self._post(job.timeout_callback, True, job.soft_limit)
+            self._post(self._tell, job, partial(job.timeout_callback, True, job.soft_limit))
 
     def _out_of_time(self, job: Job) -> None:
         if self._stop(job):
-            self._post(job.timeout_callback, False, job.hard_limit)
+            self._post(self._tell, job, partial(job.timeout_callback, False, job.hard_limit))
 
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]

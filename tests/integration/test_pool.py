@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -348,3 +350,26 @@ def test_a_pool_that_grew_runs_more_synchronous_tasks_at_once(servers: tuple[str
         sent = [worker.send("block", 1) for _ in range(5)]
         assert {result.get(timeout=20) for result in sent} == {"blocked"}
         assert time.monotonic() - began < 4  # one after the other, they would take 5 s
+
+
+def test_a_result_backend_that_refuses_a_time_out_does_not_end_the_worker(
+    valkey: Valkey, tmp_path: Path
+) -> None:
+    results = tmp_path / "results.sqlite3"
+    conf = json.dumps({"result_backend_max_retries": 0})
+    with Worker(
+        "pool_app", "celeriac", valkey.celery_url, f"db+sqlite:///{results}",
+        NOTES=valkey.celery_url, CONF=conf,
+    ) as worker:  # fmt: skip
+        assert worker.send("wait", 0, "before").get(timeout=10) == "waited"
+        beside = worker.send("wait", 5, "beside-refusal")
+        worker.noted("beside-refusal-started")
+        worker.send("hard")
+        worker.process.wait_for(r"Task pool_app\.hard\[\S+\] received")
+        with closing(sqlite3.connect(results)) as database:
+            database.execute("ALTER TABLE celery_taskmeta RENAME TO away")
+        assert worker.noted("hard") == "cleaned up"
+        worker.process.wait_for(r"the end of pool_app\.hard\[\S+\] was not noted")
+        with closing(sqlite3.connect(results)) as database:
+            database.execute("ALTER TABLE away RENAME TO celery_taskmeta")
+        assert beside.get(timeout=15) == "waited"

@@ -22,7 +22,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from greenlet import getcurrent, greenlet
 
-from celeriac.errors import BodyCancelledError, UnsupportedPoolError
+from celeriac.errors import BodyCancelledError, LoopWouldWaitError, UnsupportedPoolError
 from celeriac.loop import DaemonThreads, ProcessLoop
 
 logger = logging.getLogger(__name__)
@@ -286,7 +286,8 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     coroutine instead, where it waits; its `finally` blocks run before this returns. Inside a
     hosted call it runs on the loop that hosts it.
 
-    Raises UnsupportedPoolError where gevent or eventlet have replaced threads.
+    Raises UnsupportedPoolError where gevent or eventlet have replaced threads, and
+    LoopWouldWaitError on the loop itself but outside a hosted call.
     """
     if hosted():
         return _step(coroutine)  # its parent awaits for us
@@ -337,6 +338,9 @@ class _Waiting:
 def _from_thread(function: Callable[..., T], coroutine: Coroutine[Any, Any, T]) -> T:
     _refuse_green_threads(coroutine)
     loop, waiting = _process.get(), _Waiting(function, coroutine)
+    if asyncio._get_running_loop() is loop:  # it would wait for itself, and all tasks with it
+        coroutine.close()
+        raise LoopWouldWaitError
     loop.call_soon_threadsafe(waiting.start, loop)
     while True:
         try:

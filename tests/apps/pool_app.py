@@ -172,6 +172,12 @@ engine = create_async_engine(
 )
 
 
+@celery.task
+async def eager_in_run_sync() -> None:
+    async with engine.connect() as connection:
+        await connection.run_sync(lambda _: loop_of_this_process.apply(throw=True))
+
+
 @celery.task(bind=True, autoretry_for=(ConnectionError,), default_retry_delay=0, retry_jitter=False)
 async def query(self: Task, number: int) -> int:
     """Uses the process's one engine, twice, since the first try fails."""

@@ -368,8 +368,15 @@ def test_a_result_backend_that_refuses_a_time_out_does_not_end_the_worker(
         worker.process.wait_for(r"Task pool_app\.hard\[\S+\] received")
         with closing(sqlite3.connect(results)) as database:
             database.execute("ALTER TABLE celery_taskmeta RENAME TO away")
-        assert worker.noted("hard") == "cleaned up"
         worker.process.wait_for(r"the end of pool_app\.hard\[\S+\] was not noted")
         with closing(sqlite3.connect(results)) as database:
             database.execute("ALTER TABLE away RENAME TO celery_taskmeta")
         assert beside.get(timeout=15) == "waited"
+
+
+def test_an_async_task_run_by_synchronous_code_on_the_loop_is_an_error_and_no_standstill(
+    worker: Worker,
+) -> None:
+    task = worker.send("eager_in_run_sync")
+    assert "an async task cannot run eagerly here" in repr(task.get(timeout=10, propagate=False))
+    assert worker.send("wait", 0, "after-eager").get(timeout=10) == "waited"

@@ -2,7 +2,8 @@
 
 A task's tracer sends what follows it, and a body may call `delay`. Where that happens on an event
 loop (see `bridge.hosted`), what blocks is done in a thread and awaited: waiting for a free producer
-as well as sending, or those who hold the producers would never come to give them back.
+as well as sending, or those who hold the producers would never come to give them back. For the same
+reason those who send have threads of their own.
 """
 
 from typing import Any
@@ -17,14 +18,14 @@ from celeriac import bridge, threads, transport
 
 class _Producer(Producer):
     def publish(self, *args: Any, **options: Any) -> Any:
-        return bridge.offload(super().publish, *args, **options)
+        return bridge.offload_send(super().publish, *args, **options)
 
 
 class _Producers(ProducerPool):
     Producer = _Producer
 
     def acquire(self, *args: Any, **options: Any) -> Any:
-        return bridge.offload(super().acquire, *args, **options)
+        return bridge.offload_wait(super().acquire, *args, **options)
 
 
 class AMQP(celery.app.amqp.AMQP):  # type: ignore[misc]
@@ -43,7 +44,7 @@ class AMQP(celery.app.amqp.AMQP):  # type: ignore[misc]
 
     def _retry_publish(self, publish: Any, *args: Any, **options: Any) -> Any:
         # Celery waits between its attempts with time.sleep.
-        return bridge.offload(super()._retry_publish, publish, *args, **options)
+        return bridge.offload_send(super()._retry_publish, publish, *args, **options)
 
 
 def use_amqp(app: Celery) -> None:

@@ -22,7 +22,7 @@ from typing import Any, ParamSpec, TypeVar
 
 from greenlet import getcurrent, greenlet
 
-from celeriac.errors import BodyCancelledError, UnsupportedPoolError
+from celeriac.errors import BodyCancelledError, LoopWouldWaitError, UnsupportedPoolError
 from celeriac.loop import DaemonThreads, ProcessLoop
 
 logger = logging.getLogger(__name__)
@@ -224,6 +224,9 @@ def _task_factory(
 
 _process = ProcessLoop(_task_factory)
 _threads = DaemonThreads(_BLOCKING_CALLS, "celeriac-blocking")
+# Apart: who waits for a producer must not keep from a thread those who hold them all.
+_waiting_threads = DaemonThreads(_BLOCKING_CALLS, "celeriac-waiting")
+_sending_threads = DaemonThreads(_BLOCKING_CALLS, "celeriac-sending")
 
 
 def loop() -> asyncio.AbstractEventLoop:
@@ -253,14 +256,27 @@ def hosted() -> bool:
 
 def offload(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The value of the blocking `function`, called in a thread where it would block a loop."""
+    return _offload(_threads, partial(function, *args, **kwargs))
+
+
+def offload_wait(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`offload` for what waits until others give back what they hold."""
+    return _offload(_waiting_threads, partial(function, *args, **kwargs))
+
+
+def offload_send(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`offload` for what holds something that others wait for, and itself waits for none."""
+    return _offload(_sending_threads, partial(function, *args, **kwargs))
+
+
+def _offload(threads: DaemonThreads, function: Callable[[], T]) -> T:
     if not hosted():
-        return function(*args, **kwargs)
-    context = copy_context()
-    return run(_in_thread(partial(context.run, function, *args, **kwargs)))
+        return function()
+    return run(_in_thread(threads, partial(copy_context().run, function)))
 
 
-async def _in_thread(function: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(_threads, function)
+async def _in_thread(threads: DaemonThreads, function: Callable[[], T]) -> T:
+    return await asyncio.get_running_loop().run_in_executor(threads, function)
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
@@ -270,7 +286,8 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
     coroutine instead, where it waits; its `finally` blocks run before this returns. Inside a
     hosted call it runs on the loop that hosts it.
 
-    Raises UnsupportedPoolError where gevent or eventlet have replaced threads.
+    Raises UnsupportedPoolError where gevent or eventlet have replaced threads, and
+    LoopWouldWaitError on the loop itself but outside a hosted call.
     """
     if hosted():
         return _step(coroutine)  # its parent awaits for us
@@ -321,6 +338,9 @@ class _Waiting:
 def _from_thread(function: Callable[..., T], coroutine: Coroutine[Any, Any, T]) -> T:
     _refuse_green_threads(coroutine)
     loop, waiting = _process.get(), _Waiting(function, coroutine)
+    if asyncio._get_running_loop() is loop:  # it would wait for itself, and all tasks with it
+        coroutine.close()
+        raise LoopWouldWaitError
     loop.call_soon_threadsafe(waiting.start, loop)
     while True:
         try:

@@ -106,6 +106,17 @@ class UnsupportedPoolError(CeleriacError):
         )
 
 
+class LoopWouldWaitError(CeleriacError):
+    """An async task was run, eagerly, by synchronous code that the same event loop waits for."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "an async task cannot run eagerly here, in synchronous code on the worker's event loop "
+            "such as that of SQLAlchemy's run_sync or of a callback: await it outside, or send it "
+            "with delay"
+        )
+
+
 class BodyCancelledError(CeleriacError):
     """The body of an `async def` task ended with asyncio.CancelledError."""
 

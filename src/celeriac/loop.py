@@ -130,7 +130,7 @@ class ProcessLoop:
                 self._loop = Context().run(_new_event_loop)
                 self._loop.set_task_factory(self._task_factory)
                 self._thread = threading.Thread(
-                    target=self._loop.run_forever, name="celeriac-loop", daemon=True
+                    target=_run, args=(self._loop,), name="celeriac-loop", daemon=True
                 )
                 self._thread.start()
                 _Watch(self._loop, self._thread).start()
@@ -150,6 +150,17 @@ class ProcessLoop:
         thread.join(_CLOSING)
         if not thread.is_alive():
             loop.close()
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Run `loop` until it is stopped; a task that exits ends itself, not all the others."""
+    while True:
+        try:
+            loop.run_forever()
+        except (SystemExit, KeyboardInterrupt) as error:  # what asyncio lets through
+            logger.error("something on the event loop raised %r; the loop goes on", error)
+        else:
+            return
 
 
 def _new_event_loop() -> asyncio.AbstractEventLoop:

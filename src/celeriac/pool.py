@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
 from functools import partial
+from itertools import count
 from typing import Any
 
 from billiard.einfo import ExceptionInfo
@@ -51,8 +52,8 @@ class Job:
 
     __slots__ = (  # a quarter of the memory, of which thousands need some
         "__weakref__", "_terminate", "accept_callback", "asyncio_task", "callback",
-        "error_callback", "hard_limit", "hosted", "is_async", "name", "revoked", "soft_limit",
-        "started", "timeout_callback",
+        "error_callback", "hard_limit", "hosted", "is_async", "name", "number", "revoked",
+        "soft_limit", "started", "timeout_callback",
     )  # fmt: skip
 
     def __init__(
@@ -73,6 +74,7 @@ class Job:
         self.accept_callback, self.timeout_callback = accept_callback, timeout_callback
         self.soft_limit, self.hard_limit = limits
         self.started = self.revoked = False
+        self.number = 0  # in the order of arrival
         self.asyncio_task: asyncio.Task[None] | None = None
         self._terminate = terminate
 
@@ -95,7 +97,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def on_start(self) -> None:
         self._loop = bridge.loop()
         self._context = copy_context()
-        self._threads = DaemonThreads(min(self.limit, _MOST_THREADS), "celeriac-task")
+        self._threads = DaemonThreads(_MOST_THREADS, "celeriac-task")  # the limit may grow
         self._hub: Any = None
         self._lock = threading.RLock()
         self._inbox: deque[Callable[[], None]] = deque()
@@ -103,6 +105,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._something_ended = threading.Event()
         self._running: set[Job] = set()
         self._threads_used = 0
+        self._arrived = count()
         self._waiting: deque[Job] = deque()
         self._waiting_for_thread: deque[Job] = deque()
         self._is_async: dict[str, bool] = {}
@@ -168,20 +171,19 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._told.add(name)
             logger.warning(_UNKEPT_LIMITS, name)
         with self._lock:
+            job.number = next(self._arrived)
             (self._waiting if job.is_async else self._waiting_for_thread).append(job)
             self._start_waiting()
         return job
 
     def _start_waiting(self) -> None:
-        while self._waiting and len(self._running) < self.limit:
-            self._begin(self._waiting.popleft())
-        free = min(self.limit, _MOST_THREADS)
-        while (
-            self._waiting_for_thread
-            and len(self._running) < self.limit
-            and self._threads_used < free
-        ):
-            self._begin(self._waiting_for_thread.popleft())
+        while len(self._running) < self.limit:
+            threads = self._waiting_for_thread if self._threads_used < _MOST_THREADS else ()
+            first = [waiting for waiting in (self._waiting, threads) if waiting]
+            if not first:
+                return
+            # In the order of arrival: those of one kind must not keep the other waiting for ever.
+            self._begin(min(first, key=lambda waiting: waiting[0].number).popleft())
 
     def _begin(self, job: Job) -> None:
         job.started = True
@@ -202,11 +204,16 @@ class TaskPool(BasePool):  # type: ignore[misc]
         self._threads_used -= not job.is_async
         try:
             if tell is not None:
-                tell()
-        except Exception:
-            logger.exception("the end of %s was not noted", job.name)
+                self._tell(job, tell)
         finally:
             self._start_waiting()
+
+    def _tell(self, job: Job, tell: Callable[[], None]) -> None:
+        """Celery writes to the result backend here; an error must not end the main loop."""
+        try:
+            tell()
+        except Exception:
+            logger.exception("the end of %s was not noted", job.name)
 
     def _terminate(self, job: Job) -> None:
         job.revoked = True
@@ -361,11 +368,11 @@ class TaskPool(BasePool):  # type: ignore[misc]
     def _out_of_soft_time(self, job: Job) -> None:
         if job.hosted.in_body and not job.hosted.stopped:
             job.hosted.throw(SoftTimeLimitExceeded(job.soft_limit))
-            self._post(job.timeout_callback, True, job.soft_limit)
+            self._post(self._tell, job, partial(job.timeout_callback, True, job.soft_limit))
 
     def _out_of_time(self, job: Job) -> None:
         if self._stop(job):
-            self._post(job.timeout_callback, False, job.hard_limit)
+            self._post(self._tell, job, partial(job.timeout_callback, False, job.hard_limit))
 
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]

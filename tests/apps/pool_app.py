@@ -152,9 +152,30 @@ async def tick(seconds: float) -> float:
     return longest
 
 
+@celery.task(bind=True, max_retries=3)
+async def retry_three_times(self: Task) -> int:
+    if self.request.retries < 3:
+        raise self.retry(countdown=0)
+    return self.request.retries
+
+
+@celery.task
+async def exit_in_child() -> None:
+    async def leave() -> None:
+        raise SystemExit(3)
+
+    await asyncio.create_task(leave())
+
+
 engine = create_async_engine(
     os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///unused.sqlite3"), pool_timeout=60
 )
+
+
+@celery.task
+async def eager_in_run_sync() -> None:
+    async with engine.connect() as connection:
+        await connection.run_sync(lambda _: loop_of_this_process.apply(throw=True))
 
 
 @celery.task(bind=True, autoretry_for=(ConnectionError,), default_retry_delay=0, retry_jitter=False)

@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -323,3 +325,66 @@ def test_one_database_engine_serves_a_thousand_tasks_that_retry(
         sent = [worker.send("query", number) for number in range(count)]
         assert [result.get(timeout=90) for result in sent] == list(range(count))
         assert "different loop" not in worker.process.output
+
+
+def test_a_hundred_bodies_that_retry_at_once_do_not_wait_for_each_others_producers(
+    worker: Worker,
+) -> None:
+    sent = [worker.send("retry_three_times") for _ in range(150)]
+    assert {result.get(timeout=30) for result in sent} == {3}
+
+
+def test_an_asyncio_task_that_exits_ends_neither_the_loop_nor_the_worker(worker: Worker) -> None:
+    running = worker.send("wait", 2, "beside-exit")
+    worker.noted("beside-exit-started")
+    assert "WorkerLostError" in repr(worker.send("exit_in_child").get(timeout=10, propagate=False))
+    assert running.get(timeout=10) == "waited"
+
+
+def test_a_synchronous_task_has_its_turn_among_many_async_ones(servers: tuple[str, str]) -> None:
+    with Worker("pool_app", "celeriac", *servers, "-c", "5") as worker:
+        first = [worker.send("wait", 0.5, "first") for _ in range(5)]
+        synchronous = worker.send("block", 0)
+        after = [worker.send("wait", 0.1, "after") for _ in range(150)]
+        assert synchronous.get(timeout=20) == "blocked"
+        assert after[-1].state == "PENDING"
+        assert first[0].get(timeout=10) == "waited"
+
+
+def test_a_pool_that_grew_runs_more_synchronous_tasks_at_once(servers: tuple[str, str]) -> None:
+    with Worker("pool_app", "celeriac", *servers, "-c", "1") as worker:
+        worker.control("pool_grow", n=9)
+        began = time.monotonic()
+        sent = [worker.send("block", 1) for _ in range(5)]
+        assert {result.get(timeout=20) for result in sent} == {"blocked"}
+        assert time.monotonic() - began < 4  # one after the other, they would take 5 s
+
+
+def test_a_result_backend_that_refuses_a_time_out_does_not_end_the_worker(
+    valkey: Valkey, tmp_path: Path
+) -> None:
+    results = tmp_path / "results.sqlite3"
+    conf = json.dumps({"result_backend_max_retries": 0})
+    with Worker(
+        "pool_app", "celeriac", valkey.celery_url, f"db+sqlite:///{results}",
+        NOTES=valkey.celery_url, CONF=conf,
+    ) as worker:  # fmt: skip
+        assert worker.send("wait", 0, "before").get(timeout=10) == "waited"
+        beside = worker.send("wait", 5, "beside-refusal")
+        worker.noted("beside-refusal-started")
+        worker.send("hard")
+        worker.process.wait_for(r"Task pool_app\.hard\[\S+\] received")
+        with closing(sqlite3.connect(results)) as database:
+            database.execute("ALTER TABLE celery_taskmeta RENAME TO away")
+        worker.process.wait_for(r"the end of pool_app\.hard\[\S+\] was not noted")
+        with closing(sqlite3.connect(results)) as database:
+            database.execute("ALTER TABLE away RENAME TO celery_taskmeta")
+        assert beside.get(timeout=15) == "waited"
+
+
+def test_an_async_task_run_by_synchronous_code_on_the_loop_is_an_error_and_no_standstill(
+    worker: Worker,
+) -> None:
+    task = worker.send("eager_in_run_sync")
+    assert "an async task cannot run eagerly here" in repr(task.get(timeout=10, propagate=False))
+    assert worker.send("wait", 0, "after-eager").get(timeout=10) == "waited"

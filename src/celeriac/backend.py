@@ -22,6 +22,23 @@ logger = logging.getLogger(__name__)
 _SILENCE = 30.0  # seconds without an answer, or in a queue of many, after which a thread tries
 _STATUS_PAUSE = 5.0  # seconds without a status store that was away: each try may take two
 
+# A retry is published before its state is written: what it comes to may be there first.
+_SET_RETRY = """
+local old = redis.call('GET', KEYS[1])
+if old then
+  local ok, meta = pcall(cjson.decode, old)
+  local ended = {SUCCESS = true, FAILURE = true, REVOKED = true}
+  if ok and ended[meta.status] then return 0 end
+end
+if tonumber(ARGV[2]) > 0 then
+  redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
+else
+  redis.call('SET', KEYS[1], ARGV[1])
+end
+redis.call('PUBLISH', KEYS[1], ARGV[1])
+return 1
+"""
+
 _reported: WeakSet[Celery] = WeakSet()
 _lines = pipeline.Pipelines()
 
@@ -68,6 +85,15 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
             with suppress(PublishError):
                 return self._await(store, ("PUBLISH", key, value))
         return bridge.offload(super().set, key, value, expires, **policy)  # with Celery's retries
+
+    def _set_with_state(self, key: bytes, value: Any, state: str) -> Any:
+        if state != states.RETRY or self._status is not None:
+            return super()._set_with_state(key, value, state)
+        command = ("EVAL", _SET_RETRY, 1, key, value, self.expires or 0)
+        if bridge.hosted():
+            with suppress(PublishError):
+                return self._await(command)
+        return bridge.offload(self.ensure, self.client.execute_command, command)
 
     def _await(self, *commands: pipeline.Command) -> Any:
         """The last one's reply, over the running loop's connection to the result backend."""

@@ -185,7 +185,10 @@ class Hosted:
         token = _children.set(children)
         self._bodies += 1
         try:
-            return _step(coroutine)
+            value = _step(coroutine)
+            if self._task is not None and self._task.cancelling():
+                _step(asyncio.sleep(0))  # a cancellation of its own must not hit the tracer
+            return value
         except asyncio.CancelledError as error:
             if self.stopped or self._passes_cancellation:
                 raise

@@ -197,6 +197,14 @@ async def cancel_itself() -> None:
     await asyncio.sleep(1)
 
 
+@celery.task
+async def cancel_itself_at_the_end() -> int:
+    task = asyncio.current_task()
+    assert task is not None
+    task.cancel()
+    return 1
+
+
 class Point(BaseModel):
     x: int
     y: int

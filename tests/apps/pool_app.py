@@ -156,7 +156,8 @@ async def tick(seconds: float) -> float:
 async def retry_three_times(self: Task) -> int:
     if self.request.retries < 3:
         raise self.retry(countdown=0)
-    return self.request.retries
+    tries: int = self.request.retries
+    return tries
 
 
 @celery.task

@@ -119,8 +119,9 @@ def test_an_eager_call_inside_a_body_does_not_wait_for_itself(worker: Worker, ki
 
 
 def test_a_body_that_cancels_itself_is_a_failure_that_says_so(worker: Worker) -> None:
-    result = worker.send("cancel_itself")
-    assert "cancelled from inside" in str(result.get(timeout=10, propagate=False))
+    for name in ("cancel_itself", "cancel_itself_at_the_end"):
+        result = worker.send(name)
+        assert "cancelled from inside" in str(result.get(timeout=10, propagate=False))
     assert worker.send("add", 1, 2).get(timeout=10) == 3
 
 

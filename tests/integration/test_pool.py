@@ -10,10 +10,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from celery import Celery
 from celery.exceptions import TaskRevokedError, TimeLimitExceeded
 from celery.result import AsyncResult
 from redis import Redis
 
+from celeriac import adopt
 from celeriac.embedded import Valkey
 from support import empty_redis, eventually, given
 from workers import BROKERS, POOLS, Worker
@@ -388,3 +390,20 @@ def test_an_async_task_run_by_synchronous_code_on_the_loop_is_an_error_and_no_st
     task = worker.send("eager_in_run_sync")
     assert "an async task cannot run eagerly here" in repr(task.get(timeout=10, propagate=False))
     assert worker.send("wait", 0, "after-eager").get(timeout=10) == "waited"
+
+
+def test_a_retry_written_late_does_not_hide_the_end(valkey: Valkey) -> None:
+    app = adopt(Celery("late", backend=valkey.celery_url, set_as_current=False))
+    backend = app.backend
+    for end in ("SUCCESS", "FAILURE"):
+        task_id = f"late-{os.urandom(4).hex()}"
+        backend.mark_as_retry(task_id, ValueError("again"), request=None)
+        assert backend.get_state(task_id) == "RETRY"
+        if end == "SUCCESS":
+            backend.mark_as_done(task_id, 1)
+        else:
+            backend.mark_as_failure(task_id, ValueError("never"))
+        backend.mark_as_retry(task_id, ValueError("again"), request=None)
+        assert backend.get_state(task_id) == end
+    backend.result_consumer.stop()
+    backend.client.close()

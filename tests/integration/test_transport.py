@@ -78,7 +78,7 @@ def test_a_full_server_loses_no_message(valkey: Valkey, tmp_path: Path) -> None:
         urls = broker.celery_url, valkey.celery_url
         worker = Worker("pool_app", "celeriac", *urls, "-c", "1", CONF=json.dumps(LATE))
         try:
-            sent = [worker.send("wait", 0.2, "full") for _ in range(10)]
+            sent = [worker.send("wait", 0.3, "full") for _ in range(30)]
             worker.wait_until_ready()
             worker.noted("full-started")
             client.config_set("maxmemory", 1)

@@ -397,6 +397,32 @@ def test_importing_the_package_loads_no_library() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_settings_of_an_adopted_app_stay_its_own() -> None:
+    class Source:
+        broker_url = "memory://"
+        task_default_priority = 3
+
+    app = Celery(set_as_current=False)
+    held = app.conf
+    celeriac.adopt(app)
+    app.config_from_object(Source)
+    held.task_default_queue = "first"
+    assert app.conf.task_default_queue == "first"
+    app.conf.task_always_eager = True
+    assert held.task_always_eager
+    assert app.conf["CELERY_ALWAYS_EAGER"]  # the old name
+    assert app.conf.task_default_priority == 3
+    Source.task_default_priority = 4
+    assert app.conf.task_default_priority == held.task_default_priority == 4
+    app.conf.clear()
+    assert not app.conf.task_always_eager
+    assert app.conf.copy() == held.copy()
+    with pytest.raises(AttributeError):
+        _ = app.conf.no_such_setting
+    with pytest.raises(KeyError):
+        _ = app.conf["no_such_setting"]
+
+
 @pytest.mark.parametrize("connected", [[], ["before"], ["after"]])
 def test_what_celery_and_its_extensions_do_around_a_message_stays_so(
     redis_app: Celery, connected: list[str]

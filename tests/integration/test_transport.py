@@ -73,20 +73,25 @@ def test_what_is_no_message_is_put_aside_and_costs_no_other(valkey: Valkey) -> N
         worker.close()
 
 
-def test_a_full_server_loses_no_message(valkey: Valkey, tmp_path: Path) -> None:
+def test_a_full_server_loses_no_message(tmp_path: Path) -> None:
     with Valkey(tmp_path) as broker, Redis.from_url(broker.redis_url) as client:
-        urls = broker.celery_url, valkey.celery_url
-        worker = Worker("pool_app", "celeriac", *urls, "-c", "1", CONF=json.dumps(LATE))
-        try:
-            sent = [worker.send("wait", 0.3, "full") for _ in range(30)]
-            worker.wait_until_ready()
-            worker.noted("full-started")
+        app = adopt(Celery("full", broker=broker.celery_url, set_as_current=False))
+        app.conf.broker_pool_limit = 0
+        for _ in range(10):
+            app.send_task("any", queue="full")
+        arrived: list[object] = []
+        with app.connection_for_read() as connection:
+            channel = connection.channel()
+            channel.exchanges = True
+            channel.basic_consume("full", False, arrived.append, "tag")
             client.config_set("maxmemory", 1)
-            worker.process.wait_for("Redis refuses to hand out messages")
+            assert not channel.exchange()
+            assert (client.llen("full"), client.hlen("unacked"), arrived) == (10, 0, [])
+            assert not channel.qos.can_consume()  # for a while, nor does BRPOP take one
             client.config_set("maxmemory", 0)
-            assert {result.get(timeout=60) for result in sent} == {"waited"}
-        finally:
-            worker.close()
+            channel.refused_until = 0.0
+            assert channel.exchange()
+            assert (client.llen("full"), client.hlen("unacked"), len(arrived)) == (0, 10, 10)
 
 
 def test_a_stock_worker_and_ours_share_a_queue(valkey: Valkey) -> None:

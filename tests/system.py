@@ -85,7 +85,7 @@ class System:
         self.third_party.close()
         if "producer" in self.__dict__:
             self.producer.backend.result_consumer.stop()
-            self.producer.backend.client.close()
+            self.producer.backend.client.connection_pool.disconnect()
         self.runner.stop()
 
 

@@ -78,7 +78,7 @@ class Worker:
             self.client.backend.result_consumer.stop()
             # Handles that outlive the server would tell it that nobody waits for them any more.
             self.client.backend.remove_pending_result = lambda result: None
-            self.client.backend.client.close()
+            self.client.backend.client.connection_pool.disconnect()
         self.notes.close()
 
     def __enter__(self) -> Self:

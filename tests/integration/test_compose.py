@@ -717,7 +717,7 @@ def application(tmp_path: Path, redis_url: str) -> Iterator[tuple[Path, dict[str
         yield folder, env, client
         with client.connection_for_write() as connection:
             connection.default_channel.queue_purge(queue)
-        client.backend.client.close()
+        client.backend.client.connection_pool.disconnect()
 
 
 def sleeping(client: Celery, seconds: float) -> AsyncResult:

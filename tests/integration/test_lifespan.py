@@ -99,4 +99,4 @@ def test_the_documented_example_shares_its_client_and_its_connections(
         worker.signal(signal.SIGTERM)
         assert worker.wait() == 0
     client.backend.result_consumer.stop()
-    client.backend.client.close()
+    client.backend.client.connection_pool.disconnect()

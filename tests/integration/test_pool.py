@@ -406,4 +406,4 @@ def test_a_retry_written_late_does_not_hide_the_end(valkey: Valkey) -> None:
         backend.mark_as_retry(task_id, ValueError("again"), request=None)
         assert backend.get_state(task_id) == end
     backend.result_consumer.stop()
-    backend.client.close()
+    backend.client.connection_pool.disconnect()

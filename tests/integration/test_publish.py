@@ -90,7 +90,7 @@ def test_a_coroutine_publishes_what_a_stock_worker_runs(
         got = [result.get(timeout=20) for result in results]
         assert got == [3, 7, 11, 15, 4, [2, 4], 6]
     app.backend.result_consumer.stop()
-    app.backend.client.close()
+    app.backend.client.connection_pool.disconnect()
 
 
 IN_2030 = datetime(2030, 1, 1, tzinfo=UTC)

@@ -28,7 +28,7 @@ def app(redis_server: str) -> Iterator[Celery]:
     app = Celery("status", broker=redis_server, backend=redis_server, set_as_current=False)
     app.conf.broker_pool_limit = 0  # no pool: nothing is left to close
     yield adopt(app)
-    app.backend.client.close()
+    app.backend.client.connection_pool.disconnect()
     app.close()
 
 
@@ -171,7 +171,7 @@ async def test_a_server_that_dies_and_returns_ends_no_follower(tmp_path: Path) -
             app.backend.store_result("a", 1, states.SUCCESS)
             async with asyncio.timeout(10):
                 assert [event.state for event in await collect(events)] == ["SUCCESS"]
-        app.backend.client.close()
+        app.backend.client.connection_pool.disconnect()
 
 
 async def test_a_snapshot_of_an_absent_server_is_one_error_in_time() -> None:
@@ -210,9 +210,9 @@ async def test_a_status_store_of_its_own_carries_the_states(
             assert [event.state for event in await collect(events)] == ["PROGRESS", "SUCCESS"]
             assert connections(other.celery_url) == 2  # the reader's and the writer's
         app.backend._status.close()
-        app.backend.client.close()
+        app.backend.client.connection_pool.disconnect()
         assert app.AsyncResult("a").result == 2
-        app.backend.client.close()
+        app.backend.client.connection_pool.disconnect()
 
 
 async def test_a_prefix_of_all_keys_is_honoured(redis_server: str) -> None:
@@ -223,7 +223,7 @@ async def test_a_prefix_of_all_keys_is_honoured(redis_server: str) -> None:
         await anext(events)
         app.backend.store_result("a", 1, states.SUCCESS)
         assert [event.result for event in await collect(events)] == [1]
-    app.backend.client.close()
+    app.backend.client.connection_pool.disconnect()
 
 
 async def test_a_backend_that_cannot_publish_is_polled() -> None:

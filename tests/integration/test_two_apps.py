@@ -36,7 +36,7 @@ def apps(valkey: Valkey) -> Iterator[list[Celery]]:
     yield apps
     for app in apps:
         app.backend.result_consumer.stop()
-        app.backend.client.close()
+        app.backend.client.connection_pool.disconnect()
 
 
 def numbers(app: Celery) -> list[int]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NoReturn, Self, TypeVar
+from typing import Any, NoReturn, Self, TypeVar
 
 import psycopg
 import pytest
@@ -84,6 +84,14 @@ def eventually(condition: Callable[[], T | None], timeout: float = 15.0, what: s
 def empty_redis(celery_url: str) -> None:
     with Redis.from_url(redis_url(celery_url)) as client:
         client.flushdb()
+
+
+def close_results(backend: Any) -> None:
+    """Close what a Redis result backend has open, for good."""
+    backend.result_consumer.stop()
+    # Handles that live longer would open it again, to say that nobody waits for them any more.
+    backend.remove_pending_result = lambda result: None
+    backend.client.connection_pool.disconnect()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from celery.backends.redis import RedisBackend
 from redis import Redis
 
 from celeriac.store import redis_url
-from support import Process, clean_environment, eventually, python, wanted
+from support import Process, clean_environment, close_results, eventually, python, wanted
 
 APPS = Path(__file__).parent / "apps"
 POOLS = {
@@ -75,10 +75,7 @@ class Worker:
     def close(self) -> None:
         self.process.stop()
         if isinstance(self.client.backend, RedisBackend):
-            self.client.backend.result_consumer.stop()
-            # Handles that outlive the server would tell it that nobody waits for them any more.
-            self.client.backend.remove_pending_result = lambda result: None
-            self.client.backend.client.connection_pool.disconnect()
+            close_results(self.client.backend)
         self.notes.close()
 
     def __enter__(self) -> Self:

@@ -17,7 +17,7 @@ from redis import Redis
 
 from celeriac import adopt
 from celeriac.embedded import Valkey
-from support import empty_redis, eventually, given
+from support import close_results, empty_redis, eventually, given
 from workers import BROKERS, POOLS, Worker
 
 LATE = json.dumps({"task_acks_late": True, "worker_prefetch_multiplier": 1})
@@ -405,5 +405,4 @@ def test_a_retry_written_late_does_not_hide_the_end(valkey: Valkey) -> None:
             backend.mark_as_failure(task_id, ValueError("never"))
         backend.mark_as_retry(task_id, ValueError("again"), request=None)
         assert backend.get_state(task_id) == end
-    backend.result_consumer.stop()
-    backend.client.connection_pool.disconnect()
+    close_results(backend)

@@ -29,7 +29,16 @@ from celeriac.errors import PublishManyError
 from celeriac.fastapi import attach
 from celeriac.store import redis_url
 from publishing import lags, make_app, take, took_task_ids
-from support import empty_redis, eventually, free_port, given, python, run_python, wanted
+from support import (
+    close_results,
+    empty_redis,
+    eventually,
+    free_port,
+    given,
+    python,
+    run_python,
+    wanted,
+)
 
 BROKERS = ["embedded", *wanted("redis", "TEST_REDIS_URL"), *wanted("rabbitmq", "TEST_AMQP_URL")]
 
@@ -89,8 +98,7 @@ def test_a_coroutine_publishes_what_a_stock_worker_runs(
         results = asyncio.run(publish())
         got = [result.get(timeout=20) for result in results]
         assert got == [3, 7, 11, 15, 4, [2, 4], 6]
-    app.backend.result_consumer.stop()
-    app.backend.client.connection_pool.disconnect()
+    close_results(app.backend)
 
 
 IN_2030 = datetime(2030, 1, 1, tzinfo=UTC)

@@ -1,5 +1,6 @@
 """Compose the parts around a plain Celery app, and find the app that is meant here."""
 
+import atexit
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ from celery.utils.imports import symbol_by_name
 from kombu.entity import Exchange, Queue
 
 from celeriac import backend, bridge, publish, store, task
+from celeriac import lease as leases
 from celeriac import lifespan as lifespans
 from celeriac.errors import (
     AmbiguousAppError,
@@ -37,6 +39,9 @@ from celeriac.typed import App, typed
 
 # Adopted apps that are alive, with the settings they were made from.
 _adopted: WeakKeyDictionary[Celery, Settings | None] = WeakKeyDictionary()
+
+
+_leases: WeakKeyDictionary[Celery, float] = WeakKeyDictionary()  # seconds
 
 
 @dataclass
@@ -84,6 +89,7 @@ def adopt(
     status_store: str | None = None,
     publish_timeout: float | None = None,
     lifespan: lifespans.Lifespan | None = None,
+    lease: float = leases.SECONDS,
 ) -> App:
     """Make `app` known to celeriac and return it. Its tasks, workers and commands stay as they are.
 
@@ -96,8 +102,13 @@ def adopt(
     `lifespan(app)` is an asynchronous context manager that every worker process enters before its
     first task and leaves after its last, on the event loop of its tasks. If it raises, the worker
     ends with a non-zero exit code and the reason in its log.
+    `lease` is how many seconds a worker's hold on its messages lasts without being renewed: those
+    of one that dies are back in their queues that soon (with a Redis as the broker).
     """
+    if not lease >= 1:
+        raise ConfigurationError(f"lease: expected at least 1 second, got {lease!r}")
     _support_async_bodies(app)
+    _leases[app] = lease
     publish.support(app, publish_timeout)
     _adopted.setdefault(app, None)
     if lifespan is not None:
@@ -146,6 +157,14 @@ def _adopt_tasks_made_since(instance: Any, **_: Any) -> None:
 def _close_loop(**_: Any) -> None:
     lifespans.leave()
     bridge.close()
+    leases.process.stop()
+
+
+@celeryd_init.connect  # type: ignore[untyped-decorator]
+def _keep_leases(instance: Any, **_: Any) -> None:
+    if instance.app in _leases:
+        leases.process.keep(_leases[instance.app])
+        atexit.register(leases.process.stop)  # a cold shutdown sends no signal
 
 
 def create_celery(
@@ -177,6 +196,7 @@ def create_celery(
         status_store=settings.ws_message_queue,
         publish_timeout=settings.publish_timeout,
         lifespan=lifespan,
+        lease=settings.worker_lease,
     )
     _adopted[app] = settings
     return adopted

@@ -37,6 +37,7 @@ async def lifespan(app: Celery) -> AsyncIterator[None]:
 celery = celeriac.adopt(
     Celery("pool_app", broker=os.environ["BROKER"], backend=os.environ["BACKEND"]),
     lifespan=lifespan if "LIFESPAN" in os.environ else None,
+    lease=float(os.environ.get("LEASE", "30")),
 )
 if "WORKER_POOL" in os.environ:
     celery.conf.worker_pool = os.environ["WORKER_POOL"]

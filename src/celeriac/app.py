@@ -163,7 +163,8 @@ def _close_loop(**_: Any) -> None:
 @celeryd_init.connect  # type: ignore[untyped-decorator]
 def _keep_leases(instance: Any, **_: Any) -> None:
     if instance.app in _leases:
-        leases.process.keep(_leases[instance.app])
+        keeper = leases.process.keep(_leases[instance.app])
+        backend.keep_runs(instance.app, keeper)
         atexit.register(leases.process.stop)  # a cold shutdown sends no signal
 
 

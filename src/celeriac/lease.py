@@ -134,9 +134,8 @@ class Keeper:
         self._lock = threading.Lock()
 
     def add(self, holding: Holding) -> None:
-        """Renew it from now on, a first time here. Raises what Redis raises."""
-        holding.lease.renew()
-        holding.since, holding.due = monotonic(), monotonic() + self._every
+        """Renew it from now on, a first time here if its server answers."""
+        self._renew(holding)
         with self._lock:
             self._holdings.append(holding)
             if self._thread is None:
@@ -187,7 +186,7 @@ class Keeper:
                     holding.lease.forget(holder)
             holding.due = monotonic() + self._every
         except Exception as error:
-            if holding.since is not None or not isinstance(error, RedisError):
+            if holding.since is not None or holding.due == 0.0 or not isinstance(error, RedisError):
                 logger.warning("a lease is not renewed: %r; trying on", error)
             holding.since = None
             holding.due = monotonic() + min(_AGAIN, self._every)
@@ -198,9 +197,10 @@ class _Process:
 
     keeper: Keeper | None = None
 
-    def keep(self, seconds: float) -> None:
+    def keep(self, seconds: float) -> Keeper:
         """Hold leases until `stop`."""
         self.keeper = Keeper(seconds)
+        return self.keeper
 
     def stop(self) -> None:
         stopped, self.keeper = self.keeper, None

@@ -25,7 +25,7 @@ from celery.signals import (
 from celery.utils.imports import symbol_by_name
 from kombu.entity import Exchange, Queue
 
-from celeriac import backend, bridge, publish, store, task
+from celeriac import backend, bridge, delivery, publish, store, task
 from celeriac import lease as leases
 from celeriac import lifespan as lifespans
 from celeriac.errors import (
@@ -90,6 +90,7 @@ def adopt(
     publish_timeout: float | None = None,
     lifespan: lifespans.Lifespan | None = None,
     lease: float = leases.SECONDS,
+    max_deliveries: int = delivery.MAX_DELIVERIES,
 ) -> App:
     """Make `app` known to celeriac and return it. Its tasks, workers and commands stay as they are.
 
@@ -104,11 +105,17 @@ def adopt(
     ends with a non-zero exit code and the reason in its log.
     `lease` is how many seconds a worker's hold on its messages lasts without being renewed: those
     of one that dies are back in their queues that soon (with a Redis as the broker).
+    `max_deliveries` is how often a task is started whose worker dies of it (needs a Redis as the
+    result backend).
     """
     if not lease >= 1:
         raise ConfigurationError(f"lease: expected at least 1 second, got {lease!r}")
     _support_async_bodies(app)
+    if not max_deliveries >= 1:
+        raise ConfigurationError(f"max_deliveries: expected at least 1, got {max_deliveries!r}")
     _leases[app] = lease
+    delivery.max_deliveries[app] = max_deliveries
+    delivery.keep_exhausted(app)
     publish.support(app, publish_timeout)
     _adopted.setdefault(app, None)
     if lifespan is not None:
@@ -116,7 +123,13 @@ def adopt(
     if status_store is not None:
         store.keep_status_in(app, status_store)
     app.loader.override_backends = backend.BACKENDS | app.loader.override_backends
-    app.add_defaults({"task_track_started": True, "task_store_eager_result": True})
+    app.add_defaults(
+        {
+            "task_track_started": True,
+            "task_store_eager_result": True,
+            "worker_consumer": "celeriac.delivery:Consumer",
+        }
+    )
     backend.report_ignored_results(app)
     # Celery's own choice is the app made last in this thread, and none in any other.
     _state._set_current_app(None)
@@ -198,6 +211,7 @@ def create_celery(
         publish_timeout=settings.publish_timeout,
         lifespan=lifespan,
         lease=settings.worker_lease,
+        max_deliveries=settings.max_deliveries,
     )
     _adopted[app] = settings
     return adopted

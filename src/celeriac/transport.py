@@ -255,9 +255,14 @@ class Channel(kombu_redis.Channel):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             # Written by somebody who is no kombu: it must not end the worker, nor come again.
             logger.error("a message that cannot be read is a dead letter: %r", error)
-            dead.bury_raw(self._own_client(), self.global_keyprefix, raw, queue, repr(error))
+            self._bury(raw, queue, error)
             self.qos.ack(tag)
         message.pop("body", None)  # decoded by now; Redis keeps what may have to come again
+
+    def _bury(self, raw: bytes, queue: str, error: Exception) -> None:
+        known = {"reason": "unreadable", "queue": queue, "error": repr(error)}
+        client = self._create_client()
+        dead.bury_raw(client, self.global_keyprefix, dead.id_of(raw), raw, **known)
 
     def _give_back_orphans(self) -> None:
         """Of a connection that was lost: what had not begun, and what had, goes on."""

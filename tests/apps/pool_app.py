@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -207,3 +208,20 @@ def before(task_id: str, task: Task, **_: object) -> None:
 def after(task_id: str, task: Task, state: str, **_: object) -> None:
     ran[task_id].append(f"postrun {task.request.id == task_id} {state}")
     note(f"signals-{task_id}", ran.pop(task_id))
+
+
+@celery.task(acks_late=False)
+async def wait_early(seconds: float, key: str = "early") -> str:
+    return str(await wait.run(seconds, key))
+
+
+@celery.task
+def failed(request: object, error: object, _: object) -> None:
+    note("errback", repr(error))
+
+
+@celery.task(bind=True)
+async def die(self: Task, key: str = "die") -> None:
+    """Ends its process, each time it runs."""
+    note(f"{key}-started", os.getpid())
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -107,7 +107,7 @@ def _letter(letter: bytes, known: bytes) -> Letter:
 def letters(app: Celery) -> Iterator[Letters]:
     """Those of `app`. Raises DeadLetterError where it has no Redis to keep them."""
     with app.connection_for_write() as connection:
-        if issubclass(connection.get_transport_cls().Channel, Channel):
+        if issubclass(getattr(connection.get_transport_cls(), "Channel", object), Channel):
             channel: Any = connection.default_channel
             client = redis.Redis(connection_pool=channel._get_pool())
             try:

@@ -18,7 +18,7 @@ from celeriac import bridge, threads, transport
 
 class _Producer(Producer):
     def publish(self, *args: Any, **options: Any) -> Any:
-        return bridge.offload_send(super().publish, *args, **options)
+        return bridge.offload(super().publish, *args, **options)
 
 
 class _Producers(ProducerPool):
@@ -43,8 +43,8 @@ class AMQP(celery.app.amqp.AMQP):  # type: ignore[misc]
         return self._producer_pool
 
     def _retry_publish(self, publish: Any, *args: Any, **options: Any) -> Any:
-        # Celery waits between its attempts with time.sleep.
-        return bridge.offload_send(super()._retry_publish, publish, *args, **options)
+        # It takes a producer, and waits between its attempts with time.sleep.
+        return bridge.offload_wait(super()._retry_publish, publish, *args, **options)
 
 
 def use_amqp(app: Celery) -> None:

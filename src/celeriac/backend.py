@@ -180,7 +180,7 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         return await line.send(*commands, deadline=asyncio.get_running_loop().time() + _SILENCE)
 
     def on_chord_part_return(self, *args: Any, **kwargs: Any) -> Any:
-        return bridge.offload(super().on_chord_part_return, *args, **kwargs)
+        return bridge.offload_wait(super().on_chord_part_return, *args, **kwargs)
 
     def set_chord_size(self, *args: Any, **kwargs: Any) -> Any:
         return bridge.offload(super().set_chord_size, *args, **kwargs)

@@ -227,9 +227,7 @@ def _task_factory(
 
 _process = ProcessLoop(_task_factory)
 _threads = DaemonThreads(_BLOCKING_CALLS, "celeriac-blocking")
-# Apart: who waits for a producer must not keep from a thread those who hold them all.
 _waiting_threads = DaemonThreads(_BLOCKING_CALLS, "celeriac-waiting")
-_sending_threads = DaemonThreads(_BLOCKING_CALLS, "celeriac-sending")
 
 
 def loop() -> asyncio.AbstractEventLoop:
@@ -258,18 +256,17 @@ def hosted() -> bool:
 
 
 def offload(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """The value of the blocking `function`, called in a thread where it would block a loop."""
+    """The value of the blocking `function`, called in a thread where it would block a loop.
+
+    It must not wait for one of the producers that callers share: those who hold them all need a
+    thread here to send and to give them back. `offload_wait` is for what may.
+    """
     return _offload(_threads, partial(function, *args, **kwargs))
 
 
 def offload_wait(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`offload` for what waits until others give back what they hold."""
+    """`offload` for what may wait for a producer, as whatever sends a message by itself does."""
     return _offload(_waiting_threads, partial(function, *args, **kwargs))
-
-
-def offload_send(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`offload` for what holds something that others wait for, and itself waits for none."""
-    return _offload(_sending_threads, partial(function, *args, **kwargs))
 
 
 def _offload(threads: DaemonThreads, function: Callable[[], T]) -> T:

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from celery import Celery, Task, signals
+from celery import Celery, Task, chord, signals
 from celery.exceptions import SoftTimeLimitExceeded
 from redis import Redis
 from sqlalchemy import text
@@ -116,6 +116,23 @@ async def send_on(self: Task, count: int) -> list[str]:
         for _ in range(count - 1)
     ]
     return [result.id for result in sent]
+
+
+@celery.task(bind=True)
+async def start_chords(self: Task, rounds: int) -> list[str]:
+    """Chords started on the loop, while others end."""
+    options = {"queue": self.request.delivery_info["routing_key"]}
+    header = [parents.s().set(**options) for _ in range(2)]
+    started = []
+    for _ in range(rounds):
+        started.append(chord(header, count.s().set(**options)).apply_async().id)
+        await asyncio.sleep(0.05)
+    return started
+
+
+@celery.task
+async def count(values: list[object]) -> int:
+    return len(values)
 
 
 @celery.task(bind=True)

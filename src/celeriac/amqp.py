@@ -24,8 +24,30 @@ class _Producer(Producer):
 class _Producers(ProducerPool):
     Producer = _Producer
 
-    def acquire(self, *args: Any, **options: Any) -> Any:
-        return bridge.offload_wait(super().acquire, *args, **options)
+    def acquire(self, block: bool = False, timeout: float | None = None) -> Any:
+        acquire: Any = super().acquire
+        if not bridge.hosted():
+            try:
+                return acquire(block, timeout)
+            except self.LimitExceeded:
+                if block:
+                    raise
+                return self._one_more()
+        taken: list[Any] = []
+        try:
+            bridge.offload_wait(lambda: taken.append(acquire(block, timeout)))
+        except BaseException:
+            for producer in taken:  # by the thread, for a body that was cancelled meanwhile
+                producer.release()
+            raise
+        return taken[0]
+
+    def _one_more(self) -> Any:
+        """For remote control, which never waits: it answers though tasks hold all producers."""
+        connection = self.connections.connection.clone()
+        producer: Any = self.Producer(connection)  # type: ignore[no-untyped-call]
+        producer.release = connection.release
+        return producer
 
 
 class AMQP(celery.app.amqp.AMQP):  # type: ignore[misc]

@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
@@ -276,7 +276,27 @@ def _offload(threads: DaemonThreads, function: Callable[[], T]) -> T:
 
 
 async def _in_thread(threads: DaemonThreads, function: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(threads, function)
+    begun: Future[T] = threads.submit(function)
+    try:
+        return await asyncio.wrap_future(begun)
+    except (Exception, asyncio.CancelledError):
+        if not begun.cancel():
+            await _end_of(begun)
+        raise
+
+
+async def _end_of(begun: Future[Any]) -> None:
+    """A thread cannot be interrupted, and uses until then what its caller would give back."""
+    while not begun.done():
+        seen = asyncio.wrap_future(begun)
+        seen.add_done_callback(_ignore)
+        with suppress(Exception, asyncio.CancelledError):  # a first one waits to be raised
+            await asyncio.wait((seen,))
+
+
+def _ignore(ended: asyncio.Future[Any]) -> None:
+    if not ended.cancelled():
+        ended.exception()
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:

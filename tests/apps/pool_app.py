@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 
 from celery import Celery, Task, chord, signals
 from celery.exceptions import SoftTimeLimitExceeded
@@ -128,6 +128,16 @@ async def start_chords(self: Task, rounds: int) -> list[str]:
         started.append(chord(header, count.s().set(**options)).apply_async().id)
         await asyncio.sleep(0.05)
     return started
+
+
+@celery.task
+async def hold_producers(key: str) -> None:
+    """Until there is something in the list `key`."""
+    with ExitStack() as held:
+        for _ in range(celery.conf.broker_pool_limit):
+            held.enter_context(celery.producer_pool.acquire(block=True))
+        note("producers", "held")
+        await asyncio.to_thread(notes.blpop, key, 30)
 
 
 @celery.task

@@ -42,3 +42,31 @@ def test_chords_that_bodies_start_do_not_wait_for_each_others_producers(worker: 
     for starter in sent:
         for callback in starter.get(timeout=30):
             assert AsyncResult(callback, app=worker.client).get(timeout=30) == 2
+
+
+def test_bodies_that_are_revoked_while_they_wait_for_a_producer_keep_none(worker: Worker) -> None:
+    worker.wait_until_ready()
+    holder = worker.send("hold_producers", "go")
+    worker.noted("producers")
+    doomed = [worker.send("send_on", 1) for _ in range(20)]
+    for each in doomed:
+        worker.process.wait_for(rf"send_on\[{each.id}\] received")
+    worker.client.control.revoke(
+        [each.id for each in doomed], terminate=True, destination=[worker.node]
+    )
+    for each in doomed:
+        worker.process.wait_for(rf"Terminating {each.id} ")
+    worker.notes.rpush("go", 1)
+    holder.get(timeout=30)
+    spared = [worker.send("send_on", 1) for _ in range(20)]
+    assert [len(each.get(timeout=30)) for each in spared] == [1] * 20
+
+
+def test_remote_control_answers_while_tasks_hold_all_producers(worker: Worker) -> None:
+    worker.wait_until_ready()
+    holder = worker.send("hold_producers", "go")
+    worker.noted("producers")
+    assert worker.control("ping") == {"ok": "pong"}
+    assert worker.control("ping") == {"ok": "pong"}
+    worker.notes.rpush("go", 1)
+    holder.get(timeout=30)

@@ -23,7 +23,8 @@ from typing import Any, ParamSpec, TypeVar
 from greenlet import getcurrent, greenlet
 
 from celeriac.errors import BodyCancelledError, LoopWouldWaitError, UnsupportedPoolError
-from celeriac.loop import DaemonThreads, ProcessLoop
+from celeriac.executor import DaemonThreads
+from celeriac.loop import ProcessLoop
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")

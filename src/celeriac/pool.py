@@ -29,7 +29,8 @@ from celery.worker import state as worker_state
 from celery.worker.request import Request
 
 from celeriac import bridge
-from celeriac.loop import Bell, DaemonThreads
+from celeriac.bell import Bell
+from celeriac.executor import DaemonThreads
 from celeriac.task import is_async
 
 logger = logging.getLogger(__name__)

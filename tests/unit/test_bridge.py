@@ -12,7 +12,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 
 from celeriac import bridge
 from celeriac.errors import BodyCancelledError
-from celeriac.loop import DaemonThreads
+from celeriac.executor import DaemonThreads
 from support import eventually
 
 

@@ -5,7 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakSet
 
@@ -24,9 +24,11 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from celeriac import bridge, lease, pipeline, runs, store
+from celeriac import bridge, lease, runs, store
 from celeriac.errors import PublishError
 from celeriac.lease import Script
+from celeriac.pipeline import Command, Pipeline
+from celeriac.registry import Registry
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +42,7 @@ _TEMPORARY = ("MISCONF", "NOREPLICAS", "MASTERDOWN")
 _AGAIN = (0.1, 2.0)  # seconds before the first try after a failed one, and at most
 
 _reported: WeakSet[Celery] = WeakSet()
-_lines = pipeline.Pipelines()
+_lines: Registry[Pipeline] = Registry()
 
 
 class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
@@ -171,16 +173,19 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
                     raise
                 await asyncio.sleep(wait)
 
-    def _await(self, *commands: pipeline.Command) -> Any:
+    def _await(self, *commands: Command) -> Any:
         """The last one's reply, over the running loop's connection to the result backend."""
         return bridge.run(self._send(commands))
 
-    async def _send(self, commands: tuple[pipeline.Command, ...]) -> Any:
-        line = await _lines.get(self.app, lambda: store.result_connection(self))
+    def _new_line(self) -> Pipeline:
+        return Pipeline(partial(store.result_connection, self))
+
+    async def _send(self, commands: tuple[Command, ...]) -> Any:
+        line = await _lines.get(self.app, self._new_line)
         return await line.send(*commands, deadline=asyncio.get_running_loop().time() + _SILENCE)
 
     def on_chord_part_return(self, *args: Any, **kwargs: Any) -> Any:
-        return bridge.offload(super().on_chord_part_return, *args, **kwargs)
+        return bridge.offload_wait(super().on_chord_part_return, *args, **kwargs)
 
     def set_chord_size(self, *args: Any, **kwargs: Any) -> Any:
         return bridge.offload(super().set_chord_size, *args, **kwargs)

@@ -27,9 +27,9 @@ from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
 
 from celeriac import dead
+from celeriac.bell import Bell
 from celeriac.holdings import Holdings
 from celeriac.lease import Script
-from celeriac.loop import Bell
 
 logger = logging.getLogger(__name__)
 

@@ -67,6 +67,7 @@ _RELIABLE: dict[str, Any] = {
     "task_acks_late": True,
     "task_reject_on_worker_lost": True,
     "worker_prefetch_multiplier": 1,
+    "beat_scheduler": "celeriac.beat:Scheduler",  # of two beats one sends
     # JSON only: unpickling a message runs whatever its sender wrote.
     "task_serializer": "json",
     "result_serializer": "json",
@@ -198,6 +199,7 @@ def create_celery(
         check_option(option, option)
     config = _RELIABLE | options | settings.celery_config()
     config["broker_transport_options"] = _transport_options(config)
+    config["beat_lease"] = settings.beat_lease
     if not config["result_backend"].startswith("redis+socket:"):  # a unix socket takes no such
         config.setdefault("redis_socket_keepalive", True)
     if config.get("task_queues"):

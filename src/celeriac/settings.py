@@ -69,6 +69,7 @@ class Settings(BaseSettings):
     publish_timeout: float = Field(default=2.0, gt=0)  # seconds
     worker_lease: float = Field(default=30.0, ge=1)  # seconds
     max_deliveries: int = Field(default=3, ge=1)
+    beat_lease: float = Field(default=30.0, gt=0)  # seconds
 
     _given: frozenset[str] = PrivateAttr(default=frozenset())
     _undeclared: dict[str, tuple[Any, str]] = PrivateAttr(default_factory=dict)

@@ -32,6 +32,7 @@ def _rows(celery: Celery) -> list[tuple[str, str, str]]:
     """Those of the application, then Celery's options that celeriac set for it."""
     rows = settings_of(celery).explain()
     named = {name for name, _, _ in rows}
+    named |= {f"CELERY_{name}" for name in named}  # ours, where Celery's configuration carries it
     for option, value in sorted(celery.conf.table().items()):
         name = f"CELERY_{option.upper()}"
         if name not in named:

@@ -13,7 +13,6 @@ import celery.backends.redis
 import redis
 from celery import Celery, Task, states
 from celery.app.task import get_actual_ignore_result
-from celery.backends.redis import SentinelBackend
 from celery.exceptions import BackendStoreError
 from celery.signals import task_postrun, task_prerun
 from redis.exceptions import (
@@ -69,13 +68,14 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         }
     )
 
+    native = True  # over a connection of the event loop
     _status_away_until = 0.0
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
         pass
 
     def get(self, key: bytes) -> Any:
-        if bridge.hosted():
+        if self.native and bridge.hosted():
             with suppress(PublishError):
                 return self._await(("GET", key))
         return bridge.offload(super().get, key)
@@ -83,7 +83,12 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
     def set(self, key: bytes, value: Any, expires: int | None = None, **policy: Any) -> Any:
         lifetime = self.expires if expires is None else expires
         store = ("SET", key, value, "EX", lifetime) if lifetime else ("SET", key, value)
-        if bridge.hosted() and self._status is None and len(value) <= self._MAX_STR_VALUE_SIZE:
+        if (
+            self.native
+            and bridge.hosted()
+            and self._status is None
+            and len(value) <= self._MAX_STR_VALUE_SIZE
+        ):
             with suppress(PublishError):
                 return self._await(store, ("PUBLISH", key, value))
         return bridge.offload(super().set, key, value, expires, **policy)  # with Celery's retries
@@ -145,8 +150,13 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         self, script: Script, keys: list[Any], arguments: tuple[Any, ...], *, until_written: bool
     ) -> Any:
         """A script's reply; of a task that runs, however long Redis is away."""
-        if bridge.hosted():
+        if self.native and bridge.hosted():
             return bridge.run(self._call_here(script, keys, arguments, until_written))
+        return bridge.offload(self._call_in_thread, script, keys, arguments, until_written)
+
+    def _call_in_thread(
+        self, script: Script, keys: list[Any], arguments: tuple[Any, ...], until_written: bool
+    ) -> Any:
         waits = _waits()
         while True:
             try:
@@ -243,8 +253,16 @@ def _passes(error: Exception) -> bool:
     return True
 
 
+class SentinelBackend(RedisBackend, celery.backends.redis.SentinelBackend):  # type: ignore[misc]
+    """The same for `sentinel://`, over Celery's own connections."""
+
+    native = False
+
+
 # By scheme, as a Celery loader's `override_backends` takes them.
-BACKENDS = dict.fromkeys(("redis", "rediss"), f"{__name__}:{RedisBackend.__name__}")
+BACKENDS = dict.fromkeys(("redis", "rediss"), f"{__name__}:{RedisBackend.__name__}") | {
+    "sentinel": f"{__name__}:{SentinelBackend.__name__}"
+}
 
 
 def report_ignored_results(app: Celery) -> None:
@@ -262,13 +280,11 @@ def report_ignored_results(app: Celery) -> None:
 def keep_runs(app: Celery, keeper: lease.Keeper) -> None:
     """Record the runs of `app`'s tasks in this worker, where its results are in a Redis."""
     backend = app.backend
-    if isinstance(backend, RedisBackend) and not isinstance(backend, SentinelBackend):
-        options = {"socket_timeout": _KEEPER_TIMEOUT} | backend.client.get_connection_kwargs()
-        pool = type(backend.client.connection_pool)(
-            connection_class=backend.client.connection_pool.connection_class, **options
-        )
-        keeps = runs.Runs(app, redis.Redis(connection_pool=pool), backend.prefix, keeper.seconds)
-        keeps.keep(keeper)
+    if isinstance(backend, RedisBackend):
+        waiting = {"socket_timeout": _KEEPER_TIMEOUT}  # at most, on the keeper's thread
+        given = {name: value for name, value in backend.connparams.items() if value is not None}
+        client = backend._create_client(**backend.connparams | waiting | given)
+        runs.Runs(app, client, backend.prefix, keeper.seconds).keep(keeper)
 
 
 def _started(sender: Task, task_id: str, **_: Any) -> None:

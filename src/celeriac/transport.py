@@ -181,7 +181,8 @@ class Channel(kombu_redis.Channel):
         super().__init__(*args, **options)
         connection = self.connection.client
         address = connection.hostname, connection.port, connection.virtual_host
-        self._address = (*address, self.global_keyprefix, self.unacked_key)
+        masters = getattr(self, "master_name", None)
+        self._address = (*address, masters, self.global_keyprefix, self.unacked_key)
 
     @property
     def holdings(self) -> Holdings:
@@ -414,13 +415,27 @@ class Transport(kombu_redis.Transport):
         super().register_with_event_loop(connection, loop)
 
 
+class SentinelChannel(Channel, kombu_redis.SentinelChannel):
+    from_transport_options: Any = (
+        *kombu_redis.SentinelChannel.from_transport_options,
+        "max_message_size",
+    )
+
+
+class SentinelTransport(Transport, kombu_redis.SentinelTransport):
+    """For `sentinel://`."""
+
+    Channel = SentinelChannel
+
+
+_TRANSPORTS = {"redis": Transport, "rediss": Transport, "sentinel": SentinelTransport}
+
+
 class RedisConnection(Connection):
-    """kombu's connection, with this transport where it would use its own for Redis.
+    """kombu's connection, with these transports where it would use its own for Redis.
 
     `broker_transport = "kombu.transport.redis:Transport"` keeps kombu's.
     """
 
     def get_transport_cls(self) -> Any:
-        if self.transport_cls in ("redis", "rediss"):
-            return Transport
-        return super().get_transport_cls()
+        return _TRANSPORTS.get(self.transport_cls) or super().get_transport_cls()

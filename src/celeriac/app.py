@@ -25,7 +25,7 @@ from celery.signals import (
 from celery.utils.imports import symbol_by_name
 from kombu.entity import Exchange, Queue
 
-from celeriac import backend, bridge, delivery, publish, store, task
+from celeriac import backend, bridge, delivery, publish, serialization, store, task
 from celeriac import lease as leases
 from celeriac import lifespan as lifespans
 from celeriac.errors import (
@@ -112,6 +112,7 @@ def adopt(
     if not lease >= 1:
         raise ConfigurationError(f"lease: expected at least 1 second, got {lease!r}")
     _support_async_bodies(app)
+    serialization.use()
     if not max_deliveries >= 1:
         raise ConfigurationError(f"max_deliveries: expected at least 1, got {max_deliveries!r}")
     _leases[app] = lease

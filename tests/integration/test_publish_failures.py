@@ -128,7 +128,7 @@ def test_a_paused_broker_is_a_publish_error_and_the_next_call_after_it_works(
         last = await add.adelay(4)
         await asyncio.sleep(0.2)
         names = [task.get_name() for task in asyncio.all_tasks()]
-        assert names.count("celeriac-publish") == 1  # the paused connection has gone
+        assert names.count("celeriac-redis") == 1  # the paused connection has gone
         return first.id, last.id
 
     first, last = asyncio.run(publish())

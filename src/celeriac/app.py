@@ -108,6 +108,7 @@ def adopt(
     app.loader.override_backends = backend.BACKENDS | app.loader.override_backends
     app.add_defaults({"task_track_started": True, "task_store_eager_result": True})
     backend.report_ignored_results(app)
+    app.steps["worker"].add("celeriac.pulse:Pulse")  # by name: only workers import it
     # Celery's own choice is the app made last in this thread, and none in any other.
     _state._set_current_app(None)
     _state.set_default_app(Proxy(current_app))

@@ -18,14 +18,36 @@ from celeriac import bridge, threads, transport
 
 class _Producer(Producer):
     def publish(self, *args: Any, **options: Any) -> Any:
-        return bridge.offload_send(super().publish, *args, **options)
+        return bridge.offload(super().publish, *args, **options)
 
 
 class _Producers(ProducerPool):
     Producer = _Producer
 
-    def acquire(self, *args: Any, **options: Any) -> Any:
-        return bridge.offload_wait(super().acquire, *args, **options)
+    def acquire(self, block: bool = False, timeout: float | None = None) -> Any:
+        acquire: Any = super().acquire
+        if not bridge.hosted():
+            try:
+                return acquire(block, timeout)
+            except self.LimitExceeded:
+                if block:
+                    raise
+                return self._one_more()
+        taken: list[Any] = []
+        try:
+            bridge.offload_wait(lambda: taken.append(acquire(block, timeout)))
+        except BaseException:
+            for producer in taken:  # by the thread, for a body that was cancelled meanwhile
+                producer.release()
+            raise
+        return taken[0]
+
+    def _one_more(self) -> Any:
+        """For remote control, which never waits: it answers though tasks hold all producers."""
+        connection = self.connections.connection.clone()
+        producer: Any = self.Producer(connection)  # type: ignore[no-untyped-call]
+        producer.release = connection.release
+        return producer
 
 
 class AMQP(celery.app.amqp.AMQP):  # type: ignore[misc]
@@ -43,8 +65,8 @@ class AMQP(celery.app.amqp.AMQP):  # type: ignore[misc]
         return self._producer_pool
 
     def _retry_publish(self, publish: Any, *args: Any, **options: Any) -> Any:
-        # Celery waits between its attempts with time.sleep.
-        return bridge.offload_send(super()._retry_publish, publish, *args, **options)
+        # It takes a producer, and waits between its attempts with time.sleep.
+        return bridge.offload_wait(super()._retry_publish, publish, *args, **options)
 
 
 def use_amqp(app: Celery) -> None:

@@ -1,5 +1,6 @@
 """Compose the parts around a plain Celery app, and find the app that is meant here."""
 
+import atexit
 import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,8 @@ from celery.signals import (
 from celery.utils.imports import symbol_by_name
 from kombu.entity import Exchange, Queue
 
-from celeriac import backend, bridge, publish, store, task
+from celeriac import backend, bridge, delivery, publish, store, task
+from celeriac import lease as leases
 from celeriac import lifespan as lifespans
 from celeriac.errors import (
     AmbiguousAppError,
@@ -37,6 +39,9 @@ from celeriac.typed import App, typed
 
 # Adopted apps that are alive, with the settings they were made from.
 _adopted: WeakKeyDictionary[Celery, Settings | None] = WeakKeyDictionary()
+
+
+_leases: WeakKeyDictionary[Celery, float] = WeakKeyDictionary()  # seconds
 
 
 @dataclass
@@ -85,6 +90,8 @@ def adopt(
     status_store: str | None = None,
     publish_timeout: float | None = None,
     lifespan: lifespans.Lifespan | None = None,
+    lease: float = leases.SECONDS,
+    max_deliveries: int = delivery.MAX_DELIVERIES,
 ) -> App:
     """Make `app` known to celeriac and return it. Its tasks, workers and commands stay as they are.
 
@@ -97,8 +104,19 @@ def adopt(
     `lifespan(app)` is an asynchronous context manager that every worker process enters before its
     first task and leaves after its last, on the event loop of its tasks. If it raises, the worker
     ends with a non-zero exit code and the reason in its log.
+    `lease` is how many seconds a worker's hold on its messages lasts without being renewed: those
+    of one that dies are back in their queues that soon (with a Redis as the broker).
+    `max_deliveries` is how often a task is started whose worker dies of it (needs a Redis as the
+    result backend).
     """
+    if not lease >= 1:
+        raise ConfigurationError(f"lease: expected at least 1 second, got {lease!r}")
     _support_async_bodies(app)
+    if not max_deliveries >= 1:
+        raise ConfigurationError(f"max_deliveries: expected at least 1, got {max_deliveries!r}")
+    _leases[app] = lease
+    delivery.max_deliveries[app] = max_deliveries
+    delivery.keep_exhausted(app)
     publish.support(app, publish_timeout)
     _adopted.setdefault(app, None)
     if lifespan is not None:
@@ -106,7 +124,13 @@ def adopt(
     if status_store is not None:
         store.keep_status_in(app, status_store)
     app.loader.override_backends = backend.BACKENDS | app.loader.override_backends
-    app.add_defaults({"task_track_started": True, "task_store_eager_result": True})
+    app.add_defaults(
+        {
+            "task_track_started": True,
+            "task_store_eager_result": True,
+            "worker_consumer": "celeriac.delivery:Consumer",
+        }
+    )
     backend.report_ignored_results(app)
     app.steps["worker"].add("celeriac.pulse:Pulse")  # by name: only workers import it
     # Celery's own choice is the app made last in this thread, and none in any other.
@@ -148,6 +172,15 @@ def _adopt_tasks_made_since(instance: Any, **_: Any) -> None:
 def _close_loop(**_: Any) -> None:
     lifespans.leave()
     bridge.close()
+    leases.process.stop()
+
+
+@celeryd_init.connect  # type: ignore[untyped-decorator]
+def _keep_leases(instance: Any, **_: Any) -> None:
+    if instance.app in _leases:
+        keeper = leases.process.keep(_leases[instance.app])
+        backend.keep_runs(instance.app, keeper)
+        atexit.register(leases.process.stop)  # a cold shutdown sends no signal
 
 
 def create_celery(
@@ -180,6 +213,8 @@ def create_celery(
         status_store=settings.ws_message_queue,
         publish_timeout=settings.publish_timeout,
         lifespan=lifespan,
+        lease=settings.worker_lease,
+        max_deliveries=settings.max_deliveries,
     )
     _adopted[app] = settings
     return adopted

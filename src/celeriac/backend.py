@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 from weakref import WeakSet
 
@@ -12,35 +13,35 @@ import celery.backends.redis
 import redis
 from celery import Celery, Task, states
 from celery.app.task import get_actual_ignore_result
+from celery.exceptions import BackendStoreError
 from celery.signals import task_postrun, task_prerun
+from redis.exceptions import (
+    ClusterDownError,
+    NoScriptError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    TryAgainError,
+)
 
-from celeriac import bridge, pipeline, store
+from celeriac import bridge, lease, runs, store
 from celeriac.errors import PublishError
+from celeriac.lease import Script
+from celeriac.pipeline import Command, Pipeline
+from celeriac.registry import Registry
 
 logger = logging.getLogger(__name__)
 
 _SILENCE = 30.0  # seconds without an answer, or in a queue of many, after which a thread tries
+_KEEPER_TIMEOUT = 5.0  # seconds
 _STATUS_PAUSE = 5.0  # seconds without a status store that was away: each try may take two
 
-# A retry is published before its state is written: what it comes to may be there first.
-_SET_RETRY = """
-local old = redis.call('GET', KEYS[1])
-if old then
-  local ok, meta = pcall(cjson.decode, old)
-  local ended = {SUCCESS = true, FAILURE = true, REVOKED = true}
-  if ok and ended[meta.status] then return 0 end
-end
-if tonumber(ARGV[2]) > 0 then
-  redis.call('SET', KEYS[1], ARGV[1], 'EX', ARGV[2])
-else
-  redis.call('SET', KEYS[1], ARGV[1])
-end
-redis.call('PUBLISH', KEYS[1], ARGV[1])
-return 1
-"""
+# What Redis refuses for a while: a full memory, a replica on its way to be the master.
+_REFUSED = OutOfMemoryError, ReadOnlyError, ClusterDownError, TryAgainError
+_TEMPORARY = ("MISCONF", "NOREPLICAS", "MASTERDOWN")
+_AGAIN = (0.1, 2.0)  # seconds before the first try after a failed one, and at most
 
 _reported: WeakSet[Celery] = WeakSet()
-_lines = pipeline.Pipelines()
+_lines: Registry[Pipeline] = Registry()
 
 
 class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
@@ -67,13 +68,14 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         }
     )
 
+    native = True  # over a connection of the event loop
     _status_away_until = 0.0
 
     def on_task_call(self, producer: Any, task_id: str) -> None:
         pass
 
     def get(self, key: bytes) -> Any:
-        if bridge.hosted():
+        if self.native and bridge.hosted():
             with suppress(PublishError):
                 return self._await(("GET", key))
         return bridge.offload(super().get, key)
@@ -81,30 +83,119 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
     def set(self, key: bytes, value: Any, expires: int | None = None, **policy: Any) -> Any:
         lifetime = self.expires if expires is None else expires
         store = ("SET", key, value, "EX", lifetime) if lifetime else ("SET", key, value)
-        if bridge.hosted() and self._status is None and len(value) <= self._MAX_STR_VALUE_SIZE:
+        if (
+            self.native
+            and bridge.hosted()
+            and self._status is None
+            and len(value) <= self._MAX_STR_VALUE_SIZE
+        ):
             with suppress(PublishError):
                 return self._await(store, ("PUBLISH", key, value))
         return bridge.offload(super().set, key, value, expires, **policy)  # with Celery's retries
 
-    def _set_with_state(self, key: bytes, value: Any, state: str) -> Any:
-        if state != states.RETRY or self._status is not None:
-            return super()._set_with_state(key, value, state)
-        command = ("EVAL", _SET_RETRY, 1, key, value, self.expires or 0)
-        if bridge.hosted():
-            with suppress(PublishError):
-                return self._await(command)
-        return bridge.offload(self.ensure, self.client.execute_command, command)
+    def _store_result(
+        self,
+        task_id: str,
+        result: Any,
+        state: str,
+        traceback: Any = None,
+        request: Any = None,
+        **options: Any,
+    ) -> Any:
+        """In one step with the record of the run (see `runs`), where Celery reads first."""
+        run, mode = _step_of(request, state)
+        if self.serializer != "json" or self.compression:  # which the script cannot read
+            self._step(task_id, "", state, run, mode)
+            return super()._store_result(task_id, result, state, traceback, request, **options)
+        meta = self._get_result_meta(
+            result=result, state=state, traceback=traceback, request=request
+        )
+        value = self.encode(meta | {"task_id": task_id})
+        if len(value) > self._MAX_STR_VALUE_SIZE:
+            raise BackendStoreError("value too large for Redis", state=state, task_id=task_id)
+        if self._step(task_id, value, state, run, mode):
+            self._show(self.get_key_for_task(task_id), value, state)
+        return result
 
-    def _await(self, *commands: pipeline.Command) -> Any:
+    def _step(self, task_id: str, value: str, state: str, run: runs.Run | None, mode: str) -> bool:
+        """Store a state, and note the begin or the end of its run; whether it was stored."""
+        lifetime = self._lifetime(state)
+        own = (run.field, run.token, mode, run.record) if run else ("", "", "", "")
+        keys = [self.get_key_for_task(task_id), runs.key_of(self.prefix)]
+        stored = self._call(
+            runs.STORE, keys, (value, lifetime, state, *own), until_written=bool(run)
+        )
+        if run is not None:
+            run.begun, run.ended = True, run.ended or mode == "end"
+        if stored == -1:
+            logger.warning("a later run of task %s counts: %s is not recorded", task_id, state)
+        return bool(stored == 1)
+
+    def end(self, run: runs.Run, task_id: str) -> None:
+        """Note that a run has ended, whose last state left something to do."""
+        if run.begun and not run.ended:
+            self._step(task_id, "", "", run, "end")
+
+    @cached_property
+    def prefix(self) -> str:
+        """Of all keys."""
+        key: bytes = self.task_keyprefix
+        return key.decode().removesuffix("celery-task-meta-")
+
+    def _lifetime(self, state: str) -> int:
+        failed = state == states.FAILURE and self.failure_expires is not None
+        return (self.failure_expires if failed else self.expires) or 0
+
+    def _call(
+        self, script: Script, keys: list[Any], arguments: tuple[Any, ...], *, until_written: bool
+    ) -> Any:
+        """A script's reply; of a task that runs, however long Redis is away."""
+        if self.native and bridge.hosted():
+            return bridge.run(self._call_here(script, keys, arguments, until_written))
+        return bridge.offload(self._call_in_thread, script, keys, arguments, until_written)
+
+    def _call_in_thread(
+        self, script: Script, keys: list[Any], arguments: tuple[Any, ...], until_written: bool
+    ) -> Any:
+        waits = _waits()
+        while True:
+            try:
+                return script.run(self.client, keys, *arguments)
+            except (*self.connection_errors, redis.ResponseError) as error:
+                wait = next(waits)
+                if not _passes(error) or (wait >= _AGAIN[1] and not until_written):
+                    raise
+                time.sleep(wait)
+
+    async def _call_here(
+        self, script: Script, keys: list[Any], arguments: tuple[Any, ...], until_written: bool
+    ) -> Any:
+        rest, waits = (len(keys), *keys, *arguments), _waits()
+        while True:
+            try:
+                try:
+                    return await self._send((("EVALSHA", script.sha, *rest),))
+                except NoScriptError:
+                    return await self._send((("EVAL", script.source, *rest),))
+            except (PublishError, redis.ResponseError) as error:
+                wait = next(waits)
+                if not _passes(error) or (wait >= _AGAIN[1] and not until_written):
+                    raise
+                await asyncio.sleep(wait)
+
+    def _await(self, *commands: Command) -> Any:
         """The last one's reply, over the running loop's connection to the result backend."""
         return bridge.run(self._send(commands))
 
-    async def _send(self, commands: tuple[pipeline.Command, ...]) -> Any:
-        line = await _lines.get(self.app, lambda: store.result_connection(self))
+    def _new_line(self) -> Pipeline:
+        return Pipeline(partial(store.result_connection, self))
+
+    async def _send(self, commands: tuple[Command, ...]) -> Any:
+        line = await _lines.get(self.app, self._new_line)
         return await line.send(*commands, deadline=asyncio.get_running_loop().time() + _SILENCE)
 
     def on_chord_part_return(self, *args: Any, **kwargs: Any) -> Any:
-        return bridge.offload(super().on_chord_part_return, *args, **kwargs)
+        return bridge.offload_wait(super().on_chord_part_return, *args, **kwargs)
 
     def set_chord_size(self, *args: Any, **kwargs: Any) -> Any:
         return bridge.offload(super().set_chord_size, *args, **kwargs)
@@ -117,11 +208,12 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
     def _status(self) -> redis.Redis | None:
         return store.status_client(self.app)
 
-    def _set(self, key: bytes, value: bytes, expires: int | None = None) -> None:
-        super()._set(key, value, expires)
-        if self._status is None or time.monotonic() < self._status_away_until:
-            return
-        lifetime = self.expires if expires is None else expires
+    def _show(self, key: bytes, value: str, state: str) -> None:
+        if self._status is not None and time.monotonic() >= self._status_away_until:
+            bridge.offload(self._show_there, key, value, self._lifetime(state))
+
+    def _show_there(self, key: bytes, value: str, lifetime: int) -> None:
+        assert self._status is not None
         try:
             with self._status.pipeline() as pipe:
                 pipe.set(key, value, ex=lifetime or None)
@@ -133,8 +225,44 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
             logger.error("the status store did not take the state of %r: %s", key, error)
 
 
+def _step_of(request: Any, state: str) -> tuple[runs.Run | None, str]:
+    """The run that a state belongs to, and what the state is to it."""
+    if request is None or getattr(request, "is_eager", False):
+        return None, ""
+    run: runs.Run | None = getattr(request, "celeriac_run", None)
+    over = state in states.READY_STATES or state == states.RETRY
+    if run is None:  # Celery's worker writes what the process of the task could not
+        return (runs.Run(runs.field_of(request), "", ""), "end") if over else (None, "")
+    if not run.begun:
+        return run, "begin"
+    # What follows an end is the run's too: it is over when that is sent.
+    follows = request.chord or request.chain or request.errbacks
+    return run, "end" if over and not follows else "check"
+
+
+def _waits() -> Iterator[float]:
+    wait, longest = _AGAIN
+    while True:
+        yield min(wait, longest)
+        wait *= 2
+
+
+def _passes(error: Exception) -> bool:
+    if isinstance(error, redis.ResponseError):
+        return isinstance(error, _REFUSED) or str(error).startswith(_TEMPORARY)
+    return True
+
+
+class SentinelBackend(RedisBackend, celery.backends.redis.SentinelBackend):  # type: ignore[misc]
+    """The same for `sentinel://`, over Celery's own connections."""
+
+    native = False
+
+
 # By scheme, as a Celery loader's `override_backends` takes them.
-BACKENDS = dict.fromkeys(("redis", "rediss"), f"{__name__}:{RedisBackend.__name__}")
+BACKENDS = dict.fromkeys(("redis", "rediss"), f"{__name__}:{RedisBackend.__name__}") | {
+    "sentinel": f"{__name__}:{SentinelBackend.__name__}"
+}
 
 
 def report_ignored_results(app: Celery) -> None:
@@ -149,14 +277,30 @@ def report_ignored_results(app: Celery) -> None:
     task_postrun.connect(_ended, dispatch_uid="celeriac.backend.ended")
 
 
+def keep_runs(app: Celery, keeper: lease.Keeper) -> None:
+    """Record the runs of `app`'s tasks in this worker, where its results are in a Redis."""
+    backend = app.backend
+    if isinstance(backend, RedisBackend):
+        waiting = {"socket_timeout": _KEEPER_TIMEOUT}  # at most, on the keeper's thread
+        given = {name: value for name, value in backend.connparams.items() if value is not None}
+        client = backend._create_client(**backend.connparams | waiting | given)
+        runs.Runs(app, client, backend.prefix, keeper.seconds).keep(keeper)
+
+
 def _started(sender: Task, task_id: str, **_: Any) -> None:
+    run = runs.begin(sender)
     if _ignored(sender):
         _record(sender, task_id, states.STARTED)
+    elif run is not None and not sender.track_started:
+        sender.app.backend._step(task_id, "", "", run, "begin")
 
 
-def _ended(sender: Task, task_id: str, state: str, **_: Any) -> None:
+def _ended(sender: Task, task_id: str, state: str | None, **_: Any) -> None:
     if state == states.SUCCESS and _ignored(sender):
         _record(sender, task_id, states.SUCCESS)
+    run = getattr(sender.request, "celeriac_run", None)
+    if run is not None and state is not None:  # without one it was cut off, and others say why
+        sender.app.backend.end(run, task_id)
 
 
 def _ignored(task: Task) -> bool:

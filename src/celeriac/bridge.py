@@ -15,7 +15,7 @@ import logging
 import sys
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar, copy_context
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
@@ -23,7 +23,8 @@ from typing import Any, ParamSpec, TypeVar
 from greenlet import getcurrent, greenlet
 
 from celeriac.errors import BodyCancelledError, LoopWouldWaitError, UnsupportedPoolError
-from celeriac.loop import DaemonThreads, ProcessLoop
+from celeriac.executor import DaemonThreads
+from celeriac.loop import ProcessLoop
 
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -227,9 +228,7 @@ def _task_factory(
 
 _process = ProcessLoop(_task_factory)
 _threads = DaemonThreads(_BLOCKING_CALLS, "celeriac-blocking")
-# Apart: who waits for a producer must not keep from a thread those who hold them all.
 _waiting_threads = DaemonThreads(_BLOCKING_CALLS, "celeriac-waiting")
-_sending_threads = DaemonThreads(_BLOCKING_CALLS, "celeriac-sending")
 
 
 def loop() -> asyncio.AbstractEventLoop:
@@ -258,18 +257,17 @@ def hosted() -> bool:
 
 
 def offload(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """The value of the blocking `function`, called in a thread where it would block a loop."""
+    """The value of the blocking `function`, called in a thread where it would block a loop.
+
+    It must not wait for one of the producers that callers share: those who hold them all need a
+    thread here to send and to give them back. `offload_wait` is for what may.
+    """
     return _offload(_threads, partial(function, *args, **kwargs))
 
 
 def offload_wait(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`offload` for what waits until others give back what they hold."""
+    """`offload` for what may wait for a producer, as whatever sends a message by itself does."""
     return _offload(_waiting_threads, partial(function, *args, **kwargs))
-
-
-def offload_send(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """`offload` for what holds something that others wait for, and itself waits for none."""
-    return _offload(_sending_threads, partial(function, *args, **kwargs))
 
 
 def _offload(threads: DaemonThreads, function: Callable[[], T]) -> T:
@@ -279,7 +277,27 @@ def _offload(threads: DaemonThreads, function: Callable[[], T]) -> T:
 
 
 async def _in_thread(threads: DaemonThreads, function: Callable[[], T]) -> T:
-    return await asyncio.get_running_loop().run_in_executor(threads, function)
+    begun: Future[T] = threads.submit(function)
+    try:
+        return await asyncio.wrap_future(begun)
+    except (Exception, asyncio.CancelledError):
+        if not begun.cancel():
+            await _end_of(begun)
+        raise
+
+
+async def _end_of(begun: Future[Any]) -> None:
+    """A thread cannot be interrupted, and uses until then what its caller would give back."""
+    while not begun.done():
+        seen = asyncio.wrap_future(begun)
+        seen.add_done_callback(_ignore)
+        with suppress(Exception, asyncio.CancelledError):  # a first one waits to be raised
+            await asyncio.wait((seen,))
+
+
+def _ignore(ended: asyncio.Future[Any]) -> None:
+    if not ended.cancelled():
+        ended.exception()
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:

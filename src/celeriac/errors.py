@@ -42,6 +42,31 @@ class RedisNotFoundError(CeleriacError):
         )
 
 
+class PoisonError(CeleriacError):
+    """A task was started again and again, and its worker died each time before it ended."""
+
+    def __init__(self, starts: int) -> None:
+        super().__init__(
+            f"its worker died each of the {starts} times it was started: it is kept as a dead "
+            "letter (celeriac dead list), and `celeriac dead retry` sends it again"
+        )
+
+
+class DeadLetterError(CeleriacError):
+    """There is no such dead letter, it cannot be sent, or there is no place to keep any."""
+
+    def __init__(self, letter: str | None = None, reason: str | None = None) -> None:
+        if letter is None:
+            text = (
+                "dead letters are kept in Redis: neither the broker nor the result backend is one"
+            )
+        elif reason is None:
+            text = f"there is no dead letter {letter!r}: `celeriac dead list` names them all"
+        else:
+            text = f"{letter!r} cannot be sent again ({reason}): look at it, and discard it"
+        super().__init__(text)
+
+
 class ServiceError(CeleriacError):
     """A server that was named does not answer, or refuses us."""
 

@@ -1,18 +1,15 @@
-"""The process's event loop and the threads beside it."""
+"""The process's event loop, and who watches it."""
 
 import asyncio
 import logging
 import os
-import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import Executor, Future
 from contextlib import suppress
 from contextvars import Context
-from queue import SimpleQueue
 from typing import Any
 
 logger = logging.getLogger(__name__)
@@ -20,93 +17,6 @@ logger = logging.getLogger(__name__)
 _BLOCKED_AFTER = 1.0  # seconds in which nothing else on the loop had its turn
 _LOOK_EVERY = 0.25
 _CLOSING = 2.0
-
-
-class DaemonThreads(Executor):
-    """Up to `limit` threads, made as they are needed, that do not hold up the process's end.
-
-    Python's own ThreadPoolExecutor joins its threads at exit, however long they block.
-    """
-
-    def __init__(self, limit: int, name: str) -> None:
-        self._limit, self._name = limit, name
-        self._forget()
-        os.register_at_fork(after_in_child=self._forget)
-
-    def _forget(self) -> None:
-        self._waiting: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._lock = threading.Lock()
-        self._idle = 0
-        self.count = 0
-
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-
-        def call() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function(*args, **kwargs))
-            except BaseException as error:
-                future.set_exception(error)
-
-        with self._lock:
-            if self._idle:
-                self._idle -= 1
-            elif self.count < self._limit:
-                self.count += 1
-                name = f"{self._name}-{self.count}"
-                threading.Thread(target=self._work, name=name, daemon=True).start()
-        self._waiting.put(call)
-        return future
-
-    def _work(self) -> None:
-        while (call := self._waiting.get()) is not None:
-            call()
-            del call  # or it would keep its arguments and result until the next one
-            with self._lock:
-                if self._waiting.empty():
-                    self._idle += 1
-
-    def shutdown(self, wait: bool = False, *, cancel_futures: bool = False) -> None:
-        """End the threads when what was submitted is done; nobody waits for that."""
-        for _ in range(self.count):
-            self._waiting.put(None)
-
-
-class Bell:
-    """Has `answer` called in the next turn of a worker's main loop, rung from any thread.
-
-    kombu's own `call_soon` is no substitute on the main thread: what is added during a turn, as an
-    acknowledgement is, would wait for the poll that follows.
-    """
-
-    def __init__(self, answer: Callable[[], object]) -> None:
-        self._answer = answer
-        self._heard, self._rung = socket.socketpair()
-        self._heard.setblocking(False)
-        self._rung.setblocking(False)
-        self._ringing = False
-
-    def hang_in(self, hub: Any) -> None:
-        """Listen with `hub`, kombu's; again after each loss of the broker, when it forgets."""
-        hub.add_reader(self._heard, self._hear)
-
-    def ring(self) -> None:
-        if not self._ringing:
-            self._ringing = True
-            with suppress(OSError):  # closed, or full: then it is heard anyway
-                self._rung.send(b"\0")
-
-    def _hear(self) -> None:
-        with suppress(OSError):
-            self._heard.recv(4096)
-        self._ringing = False
-        self._answer()
-
-    def close(self) -> None:
-        self._heard.close()
-        self._rung.close()
 
 
 class ProcessLoop:

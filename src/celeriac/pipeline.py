@@ -8,15 +8,13 @@ deadline has passed, before it was written is never written. Nothing is written 
 import asyncio
 import logging
 import math
-import os
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
 
-from celery import Celery
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError, ResponseError
 
@@ -71,7 +69,9 @@ class Pipeline:
     """
 
     def __init__(
-        self, connection: Callable[[], AbstractConnection], lost: Callable[[], None]
+        self,
+        connection: Callable[[], AbstractConnection],
+        lost: Callable[[], None] = lambda: None,
     ) -> None:
         self._connection, self._lost = connection, lost
         self._loop = asyncio.get_running_loop()
@@ -253,43 +253,3 @@ class Pipeline:
                 self._lost()
         if link.retired and link.task and all(call.answer.done() for call in link.owed):
             link.task.cancel()
-
-
-class Pipelines:
-    """One pipeline for each app in each event loop, closed with the loop."""
-
-    def __init__(self) -> None:
-        self._forget()
-        os.register_at_fork(after_in_child=self._forget)
-
-    def _forget(self) -> None:
-        self._inherited = getattr(self, "_loops", None)  # not freed: its sockets are the parent's
-        self._loops: dict[asyncio.AbstractEventLoop, _OfLoop] = {}
-
-    async def get(self, app: Celery, connection: Callable[[], AbstractConnection]) -> Pipeline:
-        running = asyncio.get_running_loop()
-        here = self._loops.get(running)
-        if here is None:
-            for loop in [loop for loop in self._loops if loop.is_closed()]:
-                del self._loops[loop]
-            here = self._loops[running] = _OfLoop()
-            here.end = self._close_with(running)
-            await anext(here.end)
-        if app not in here.pipelines:
-            here.pipelines[app] = Pipeline(connection, lambda: None)
-        return here.pipelines[app]
-
-    async def _close_with(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[None, None]:
-        """Started and never finished: `shutdown_asyncgens`, at the end of a loop, finishes it."""
-        try:
-            yield
-        finally:
-            here = self._loops.pop(loop, None)
-            for each in here.pipelines.values() if here else ():
-                await each.aclose()
-
-
-@dataclass(slots=True)
-class _OfLoop:
-    pipelines: dict[Celery, Pipeline] = field(default_factory=dict)
-    end: AsyncGenerator[None, None] | None = None

@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import copy_context
+from dataclasses import dataclass
 from functools import partial
 from itertools import count
 from typing import Any
@@ -29,7 +30,8 @@ from celery.worker import state as worker_state
 from celery.worker.request import Request
 
 from celeriac import bridge
-from celeriac.loop import Bell, DaemonThreads
+from celeriac.bell import Bell
+from celeriac.executor import DaemonThreads
 from celeriac.task import is_async
 
 logger = logging.getLogger(__name__)
@@ -47,40 +49,28 @@ class _JobPid(int):
     job: "Job"
 
 
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Job:
     """One task on its way through the pool. Celery holds it, weakly, as the pool's result."""
 
-    __slots__ = (  # a quarter of the memory, of which thousands need some
-        "__weakref__", "_terminate", "accept_callback", "asyncio_task", "callback",
-        "error_callback", "hard_limit", "hosted", "is_async", "name", "number", "revoked",
-        "soft_limit", "started", "timeout_callback",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        name: str,
-        hosted: bridge.Hosted,
-        *,
-        is_async: bool,
-        callback: Callable[..., Any],
-        error_callback: Callable[..., Any],
-        accept_callback: Callable[..., Any],
-        timeout_callback: Callable[..., Any],
-        limits: tuple[float | None, float | None],
-        terminate: Callable[["Job"], None],
-    ) -> None:
-        self.name, self.hosted, self.is_async = name, hosted, is_async
-        self.callback, self.error_callback = callback, error_callback
-        self.accept_callback, self.timeout_callback = accept_callback, timeout_callback
-        self.soft_limit, self.hard_limit = limits
-        self.started = self.revoked = False
-        self.number = 0  # in the order of arrival
-        self.asyncio_task: asyncio.Task[None] | None = None
-        self._terminate = terminate
+    name: str
+    hosted: bridge.Hosted
+    is_async: bool
+    callback: Callable[..., Any]
+    error_callback: Callable[..., Any]
+    accept_callback: Callable[..., Any]
+    timeout_callback: Callable[..., Any]
+    soft_limit: float | None
+    hard_limit: float | None
+    terminated: Callable[["Job"], None]
+    started: bool = False
+    revoked: bool = False
+    number: int = 0  # in the order of arrival
+    asyncio_task: asyncio.Task[None] | None = None
 
     def terminate(self, signal: int | None = None) -> None:
         """Called by Celery's request when it is revoked, cancelled or out of time."""
-        self._terminate(self)
+        self.terminated(self)
 
 
 class TaskPool(BasePool):  # type: ignore[misc]
@@ -157,13 +147,13 @@ class TaskPool(BasePool):  # type: ignore[misc]
         job = Job(
             f"{name}[{correlation_id}]",
             bridge.Hosted(partial(target, *_decoded(args, accept_callback), **kwargs)),
-            is_async=self._task_is_async(name),
-            callback=callback,
-            error_callback=error_callback,
-            accept_callback=accept_callback,
-            timeout_callback=timeout_callback,
-            limits=self._limits(soft_timeout, timeout),
-            terminate=self._terminate,
+            self._task_is_async(name),
+            callback,
+            error_callback,
+            accept_callback,
+            timeout_callback,
+            *self._limits(soft_timeout, timeout),
+            terminated=self._terminate,
         )
         if self._state != self.RUN:
             return job  # never started, so never acknowledged: the broker gives it to another
@@ -191,7 +181,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         pid.job = job
         self._running.add(job)
         self._threads_used += not job.is_async
-        job.accept_callback(pid, time.monotonic())
+        self._tell(job, partial(job.accept_callback, pid, time.monotonic()))
         if job.revoked:  # while it waited; accepting it told everybody
             self._end(job, None)
         elif job.is_async:
@@ -209,11 +199,11 @@ class TaskPool(BasePool):  # type: ignore[misc]
             self._start_waiting()
 
     def _tell(self, job: Job, tell: Callable[[], None]) -> None:
-        """Celery writes to the result backend here; an error must not end the main loop."""
+        """Celery writes to the broker and the result backend; no error may end the main loop."""
         try:
             tell()
         except Exception:
-            logger.exception("the end of %s was not noted", job.name)
+            logger.exception("what happened to %s was not noted", job.name)
 
     def _terminate(self, job: Job) -> None:
         job.revoked = True

@@ -6,8 +6,7 @@ lets the caller's task wait for the reply.
 """
 
 import asyncio
-import os
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from contextvars import ContextVar, copy_context
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +24,7 @@ from redis.asyncio.connection import AbstractConnection
 
 from celeriac import bridge, store
 from celeriac.pipeline import Command, Pipeline
+from celeriac.registry import Registry
 
 deadline: ContextVar[float] = ContextVar("celeriac_publish_deadline")  # in the loop's time
 _encode = JSONEncoder().encode  # kombu's `dumps`, which makes an encoder for each message
@@ -226,59 +226,13 @@ class Link:
         self.declared.clear()
         self._connection.transport.state.clear()
 
+    async def aclose(self) -> None:
+        await self.pipeline.aclose()
+
 
 def _ignore(answer: asyncio.Future[Any]) -> None:
     if not answer.cancelled():
         answer.exception()
-
-
-@dataclass(slots=True)
-class _Loop:
-    """The links of one event loop."""
-
-    links: dict[Celery, Link | None] = field(default_factory=dict)
-    end: AsyncGenerator[None, None] | None = None
-
-
-class _Loops:
-    """Those of this process. Sockets and loops made before a fork belong to the parent."""
-
-    def __init__(self) -> None:
-        self._loops: dict[asyncio.AbstractEventLoop, _Loop] = {}
-        self._inherited: list[Any] = []  # not freed: that would report their sockets as left open
-        os.register_at_fork(after_in_child=self._forget)
-
-    def _forget(self) -> None:
-        self._inherited.append(self._loops)
-        self._loops = {}
-
-    async def link(self, app: Celery) -> Link | None:
-        try:
-            return self._loops[asyncio.get_running_loop()].links[app]
-        except KeyError:
-            return await self._make(app)
-
-    async def _make(self, app: Celery) -> Link | None:
-        running = asyncio.get_running_loop()
-        for loop in [loop for loop in self._loops if loop.is_closed()]:
-            del self._loops[loop]
-        here = self._loops.setdefault(running, _Loop())
-        connection = _native_connection(app)
-        here.links[app] = link = Link(app, connection) if connection is not None else None
-        if here.end is None:
-            here.end = self._close_with(running)
-            await anext(here.end)
-        return link
-
-    async def _close_with(self, loop: asyncio.AbstractEventLoop) -> AsyncGenerator[None, None]:
-        """Started and never finished: `shutdown_asyncgens`, at the end of a loop, finishes it."""
-        try:
-            yield
-        finally:
-            here = self._loops.pop(loop, None)
-            for link in here.links.values() if here else ():
-                if link is not None:
-                    await link.pipeline.aclose()
 
 
 def _native_connection(app: Celery) -> Connection | None:
@@ -291,9 +245,14 @@ def _native_connection(app: Celery) -> Connection | None:
     return cast(Connection, connection)
 
 
-_loops = _Loops()
+def _new_link(app: Celery) -> Link | None:
+    connection = _native_connection(app)
+    return Link(app, connection) if connection is not None else None
+
+
+_links: Registry[Link | None] = Registry()
 
 
 async def link(app: Celery) -> Link | None:
     """What `app` publishes with in the running loop; None where only threads can."""
-    return await _loops.link(app)
+    return await _links.get(app, partial(_new_link, app))

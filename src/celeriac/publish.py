@@ -15,14 +15,13 @@ from weakref import WeakKeyDictionary
 
 import celery
 from celery import Celery, _state, signals
-from celery.app.utils import Settings
 from celery.canvas import Signature
 from celery.result import AsyncResult, ResultBase
 from celery.utils import uuid
 from kombu.exceptions import OperationalError
 from redis.exceptions import ResponseError
 
-from celeriac import amqp, bridge, producer, threads
+from celeriac import amqp, bridge, conf, producer, threads
 from celeriac.errors import ConfigurationError, PublishError, PublishManyError
 
 TIMEOUT = 2.0  # seconds
@@ -37,35 +36,7 @@ def support(app: Celery, timeout: float | None) -> None:
     if timeout is not None:
         _timeouts[app] = _checked(timeout)
     amqp.use_amqp(app)
-    if type(app.conf) is Settings:
-        faster = _Settings({})
-        object.__setattr__(faster, "__dict__", app.conf.__dict__)  # one, for who has the other
-        app.conf = faster
-
-
-class _Settings(Settings):  # type: ignore[misc]
-    """The same settings, found sooner: Celery looks for eight of them for each message.
-
-    Its own search raises and drops a dozen KeyErrors before it comes to a default.
-    """
-
-    def __getitem__(self, key: str) -> Any:
-        names = _names.get((self.prefix, self._keys, key)) or self._learn(key)
-        for each in self.maps:
-            for name in names:
-                if type(each) is not dict or name in each:
-                    try:
-                        return each[name]
-                    except KeyError:
-                        continue
-        return super().__getitem__(key)
-
-    def _learn(self, key: str) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(self._to_keys(key)))
-        return _names.setdefault((self.prefix, self._keys, key), names)
-
-
-_names: dict[tuple[Any, ...], tuple[str, ...]] = {}  # of settings, new and old
+    conf.use_conf(app)
 
 
 def _checked(seconds: float) -> float:

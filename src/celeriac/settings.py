@@ -67,6 +67,8 @@ class Settings(BaseSettings):
     celery_result_backend: str = "redis://127.0.0.1:6379/0"
     ws_message_queue: str | None = None
     publish_timeout: float = Field(default=2.0, gt=0)  # seconds
+    worker_lease: float = Field(default=30.0, ge=1)  # seconds
+    max_deliveries: int = Field(default=3, ge=1)
     beat_lease: float = Field(default=30.0, gt=0)  # seconds
 
     _given: frozenset[str] = PrivateAttr(default=frozenset())

@@ -55,7 +55,6 @@ class _AsyncBody:
 
 # What the tracer, and a body, have the result backend do, which may block.
 _BLOCKING = {
-    "apply_chord",
     "delete_group",
     "forget",
     "get_many",
@@ -63,15 +62,19 @@ _BLOCKING = {
     "get_state",
     "get_status",
     "get_task_meta",
+    "process_cleanup",
+    "restore_group",
+    "save_group",
+    "set_chord_size",
+}
+# The same, which may send messages too: callbacks, the rest of a chord, RPC's results.
+_SENDING = {
+    "apply_chord",
     "mark_as_done",
     "mark_as_failure",
     "mark_as_retry",
     "mark_as_revoked",
     "mark_as_started",
-    "process_cleanup",
-    "restore_group",
-    "save_group",
-    "set_chord_size",
     "store_result",
 }
 
@@ -84,9 +87,15 @@ class _Backend:
 
     def __getattr__(self, name: str) -> Any:
         backend = self._app.backend  # Celery has one for each thread
-        if name in _BLOCKING and name not in getattr(backend, "awaited", ()) and bridge.hosted():
-            return partial(bridge.offload, self._call, name)
-        return getattr(backend, name)
+        offload = self._offload(name)
+        if offload is None or name in getattr(backend, "awaited", ()) or not bridge.hosted():
+            return getattr(backend, name)
+        return partial(offload, self._call, name)
+
+    def _offload(self, name: str) -> Callable[..., Any] | None:
+        if name in _SENDING:
+            return bridge.offload_wait
+        return bridge.offload if name in _BLOCKING else None
 
     def _call(self, name: str, *args: Any, **kwargs: Any) -> Any:
         return getattr(self._app.backend, name)(*args, **kwargs)

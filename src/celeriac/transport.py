@@ -1,73 +1,99 @@
-"""kombu's Redis transport for workers, with one round trip where it has several for each message.
+"""kombu's Redis transport for workers: nothing lost, and one round trip where it has several.
 
 Queues, unacknowledged messages and their formats are kombu's: workers and producers without the
 library share them. What differs, where a worker's event loop turns:
 
 - a script takes many messages of all queues, within the prefetch limit, and records each as
-  unacknowledged before it leaves its queue; BRPOP only waits when they are empty;
+  unacknowledged before it leaves its queue; what wakes an idle worker takes nothing;
 - acknowledgements are written by the same script, and those of a connection that was lost by the
-  next one, since a message's tag stays the same.
+  next one, since a message's tag stays the same;
+- the worker's lease (see `lease`) covers what it holds: when it is gone, that returns to the queues
+  within the lease, and while it lives nobody else is given it, however long a task takes.
 """
 
-import hashlib
 import logging
+import os
 import sys
-from collections import deque
+from collections.abc import Iterable
 from time import monotonic, time
 from typing import Any
 
 import redis
+from celery.worker import state as worker_state
 from kombu.connection import Connection
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 from kombu.utils.encoding import bytes_to_str
 from kombu.utils.json import loads
-from redis.exceptions import NoScriptError
 
-from celeriac.loop import Bell
+from celeriac import dead
+from celeriac.bell import Bell
+from celeriac.holdings import Holdings
+from celeriac.lease import Script
 
 logger = logging.getLogger(__name__)
 
 _AT_ONCE = 100  # messages
 _PAUSE = 2.0  # seconds without taking any, after a refusal
-_UNREADABLE = "celeriac:unreadable"  # what is no message, as it came
+_LARGEST = 16 * 2**20  # bytes of a message, as RabbitMQ has it
+_SILENCE = 5.0  # seconds
+_LOOK = 10.0  # seconds after which an idle worker looks by itself
 
-# Recorded before it is popped: an error in between, as of a full memory, must lose nothing.
-_EXCHANGE = """
-local keys = #KEYS - 3
-local unacked, index, unreadable = KEYS[keys + 1], KEYS[keys + 2], KEYS[keys + 3]
-for i = 3, #ARGV do
-  redis.call('ZREM', index, ARGV[i])
-  redis.call('HDEL', unacked, ARGV[i])
+# A message is recorded before it is popped: an error in between, as of a full memory, must lose
+# nothing. An acknowledgement counts only while the message is ours.
+_EXCHANGE = Script(
+    """
+local lists = #KEYS - 5
+local unacked, index, held = KEYS[lists + 1], KEYS[lists + 2], KEYS[lists + 3]
+local leased = ARGV[3] == '1'
+for i = 5, #ARGV do
+  if not leased or redis.call('HDEL', held, ARGV[i]) == 1 then
+    redis.call('ZREM', index, ARGV[i])
+    redis.call('HDEL', unacked, ARGV[i])
+  end
+end
+local function read(raw)
+  local properties = cjson.decode(raw).properties
+  local info = properties.delivery_info
+  local to = cjson.encode({info.exchange, info.routing_key})
+  return properties.delivery_tag, '[' .. raw .. ',' .. string.sub(to, 2)
 end
 local found, left = {}, tonumber(ARGV[1])
-for i = 1, keys do
+for i = 1, lists do
   while left > 0 do
     local raw = redis.call('LINDEX', KEYS[i], -1)
     if not raw then break end
-    local ok, tag, entry = pcall(function()
-      local properties = cjson.decode(raw).properties
-      local info = properties.delivery_info
-      local to = cjson.encode({info.exchange, info.routing_key})
-      return properties.delivery_tag, '[' .. raw .. ',' .. string.sub(to, 2)
-    end)
+    local ok, tag, entry = false, nil, nil
+    if #raw <= tonumber(ARGV[4]) then ok, tag, entry = pcall(read, raw) end
     if ok and type(tag) == 'string' then
+      if leased then redis.call('HSET', held, tag, KEYS[i]) end
       redis.call('HSET', unacked, tag, entry)
       redis.call('ZADD', index, ARGV[2], tag)
       found[#found + 1], found[#found + 2] = i, raw
       left = left - 1
     else
-      redis.call('LPUSH', unreadable, raw)
+      local id = redis.sha1hex(raw)
+      redis.call('HSET', KEYS[lists + 5], id, raw)
+      redis.call('HSET', KEYS[lists + 4], id, cjson.encode({
+        reason = #raw > tonumber(ARGV[4]) and 'too large' or 'unreadable',
+        list = KEYS[i], size = #raw, time = tonumber(ARGV[2])}))
+      left = left - 1
     end
     redis.call('RPOP', KEYS[i])
   end
 end
 return found
 """
-_SHA = hashlib.sha1(_EXCHANGE.encode(), usedforsecurity=False).hexdigest()
+)
 
-# Tags to acknowledge, by server.
-_acknowledged: dict[tuple[Any, ...], deque[str]] = {}
+
+def _not_running(tags: Iterable[str]) -> list[str]:
+    running = {request.message.delivery_tag for request in worker_state.active_requests}
+    return [tag for tag in tags if tag not in running]
+
+
+_holdings: dict[tuple[Any, ...], Holdings] = {}  # by server
+os.register_at_fork(after_in_child=_holdings.clear)  # what the parent holds is not the child's
 
 
 def _loads(raw: bytes) -> dict[str, Any]:
@@ -98,29 +124,35 @@ class QoS(kombu_redis.QoS):
             super().append(message, delivery_tag)
 
     def ack(self, delivery_tag: str) -> None:
-        if self.channel.exchanges:
-            self.channel.acknowledged.append(delivery_tag)
+        holdings = self.channel.holdings
+        if delivery_tag in holdings.mine:
+            holdings.mine.remove(delivery_tag)
+            holdings.acknowledged.append(delivery_tag)
             virtual.QoS.ack(self, delivery_tag)
-        else:
+        elif delivery_tag in self._delivered:
             super().ack(delivery_tag)
 
     def reject(self, delivery_tag: str, requeue: bool = False) -> None:
         if not requeue:
             self.ack(delivery_tag)
         elif not self.channel.closed:
-            super().reject(delivery_tag, requeue=True)
+            if delivery_tag in self.channel.holdings.mine:
+                self.channel.give_back([delivery_tag])
+                virtual.QoS.ack(self, delivery_tag)
+            elif delivery_tag in self._delivered:
+                super().reject(delivery_tag, requeue=True)
 
     def restore_unacked(self, client: Any = None) -> None:
-        if self.channel.connection.client is not None:
+        mine = [tag for tag in self._delivered if tag in self.channel.holdings.mine]
+        for tag in mine:
+            del self._delivered[tag]
+        if self.channel.connection.client is None:
+            # The connection was lost, and kombu would fail to make another one here.
+            self.channel.holdings.orphans.update(mine)
+            self._delivered.clear()
+        else:
+            self.channel.give_back(_not_running(mine))
             super().restore_unacked(client)
-            return
-        # The connection was lost, and kombu would fail to make another one here.
-        logger.warning(
-            "%d messages of a lost connection were not acknowledged: they come again after the "
-            "visibility timeout, unless a task that still runs acknowledges its own",
-            len(self._delivered),
-        )
-        self._delivered.clear()
 
     def restore_visible(self, *args: Any, **options: Any) -> None:
         try:
@@ -131,17 +163,47 @@ class QoS(kombu_redis.QoS):
 
 class Channel(kombu_redis.Channel):
     QoS = QoS
+    from_transport_options: Any = (*kombu_redis.Channel.from_transport_options, "max_message_size")
 
+    max_message_size = _LARGEST
     exchanges = False  # whether a worker's event loop turns
     refused_until = 0.0
+    _in_poll: Any
+    _brpop_sent_at: Any
 
     def __init__(self, *args: Any, **options: Any) -> None:
         self._made: tuple[Any, Any] | None = None
         self._unrecorded: set[str] = set()  # queues whose messages are gone when they are taken
+        self._tracked: Any = None  # the socket on which the server says what has changed
+        self._looked = 0.0
+        self._watched: frozenset[str] = frozenset()  # queues that are waited for
+        self._watches = False  # without taking any
         super().__init__(*args, **options)
-        server = self.connection.client
-        key = (server.hostname, server.port, server.virtual_host)
-        self.acknowledged = _acknowledged.setdefault(key, deque())
+        connection = self.connection.client
+        address = connection.hostname, connection.port, connection.virtual_host
+        masters = getattr(self, "master_name", None)
+        self._address = (*address, masters, self.global_keyprefix, self.unacked_key)
+
+    @property
+    def holdings(self) -> Holdings:
+        if self._address not in _holdings:
+            prefix = self.global_keyprefix
+            _holdings[self._address] = Holdings(
+                self._own_client,
+                prefix=f"{prefix}celeriac:{self.unacked_key}:",
+                unacked=f"{prefix}{self.unacked_key}",
+                index=f"{prefix}{self.unacked_index_key}",
+                visibility_timeout=self.visibility_timeout,
+            )
+        return _holdings[self._address]
+
+    def _own_client(self) -> redis.Redis:
+        """A client of other threads, with connections of its own, that waits for nothing long."""
+        pool = self._get_pool()
+        unix = "path" in pool.connection_kwargs
+        for name in ("socket_timeout",) if unix else ("socket_timeout", "socket_connect_timeout"):
+            pool.connection_kwargs[name] = pool.connection_kwargs.get(name) or _SILENCE
+        return redis.Redis(connection_pool=pool)
 
     def _create_client(self, asynchronous: bool = False) -> Any:
         if asynchronous:  # whose connection is its own
@@ -158,55 +220,150 @@ class Channel(kombu_redis.Channel):
 
     def exchange(self) -> bool:
         """Write what was acknowledged, take what there is for us, and say whether that was any."""
+        if self.holdings.orphans:
+            self._give_back_orphans()
         wanted = 0
-        ours = not self._unrecorded.intersection(self.active_queues)
-        if ours and self.active_queues and not self._in_poll and self.qos.can_consume():
+        idle = self._in_poll and not (self._watches and self.holdings.acknowledged)
+        if self.active_queues and self._ours() and not idle and self.qos.can_consume():
             room = self.qos.can_consume_max_estimate()
             wanted = _AT_ONCE if room is None else min(room, _AT_ONCE)
-        if not (wanted or self.acknowledged):
+        if not (wanted or self.holdings.acknowledged):
             return False
         queues = self._queue_cycle.consume(len(self.active_queues)) if wanted else []
         lists = [
             (self._q_for_pri(queue, pri), queue) for pri in self.priority_steps for queue in queues
         ]
-        found = self._run([key for key, _ in lists], wanted)
+        found = self._exchange([key for key, _ in lists], wanted)
         arrived = [
-            (lists[place - 1][1], _loads(raw))
-            for place, raw in zip(found[::2], found[1::2], strict=True)
+            (lists[place - 1][1], raw) for place, raw in zip(found[::2], found[1::2], strict=True)
         ]
         for queue in {queue for queue, _ in arrived}:
             self._queue_cycle.rotate(queue)
-        self.qos.recorded.update(each["properties"]["delivery_tag"] for _, each in arrived)
-        for queue, message in arrived:
-            self.connection._deliver(message, queue)
-            message.pop("body", None)  # decoded by now; Redis keeps what may have to come again
+        for queue, raw in arrived:
+            self._deliver(queue, raw)
         return bool(arrived)
 
-    def _run(self, lists: list[str], wanted: int) -> list[Any]:
-        tags = list(self.acknowledged)
-        keys = [*lists, self.unacked_key, self.unacked_index_key, _UNREADABLE]
-        keys = [f"{self.global_keyprefix}{key}" for key in keys]
-        arguments = [len(keys), *keys, wanted, time(), *tags]
-        client = self._create_client()
-        # Not by the client's own method: its prefix would be for the first key alone.
-        run = redis.Redis.execute_command
+    def _ours(self) -> bool:
+        return not self._unrecorded.intersection(self.active_queues)
+
+    def _deliver(self, queue: str, raw: bytes) -> None:
+        message = _loads(raw)
+        tag = message["properties"]["delivery_tag"]
+        self.holdings.mine.add(tag)
+        self.qos.recorded.add(tag)
         try:
-            try:
-                found = run(client, "EVALSHA", _SHA, *arguments)
-            except NoScriptError:
-                found = run(client, "EVAL", _EXCHANGE, *arguments)
+            self.connection._deliver(message, queue)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            # Written by somebody who is no kombu: it must not end the worker, nor come again.
+            logger.error("a message that cannot be read is a dead letter: %r", error)
+            self._bury(raw, queue, error)
+            self.qos.ack(tag)
+        message.pop("body", None)  # decoded by now; Redis keeps what may have to come again
+
+    def _bury(self, raw: bytes, queue: str, error: Exception) -> None:
+        known = {"reason": "unreadable", "queue": queue, "error": repr(error)}
+        client = self._create_client()
+        dead.bury_raw(client, self.global_keyprefix, dead.id_of(raw), raw, **known)
+
+    def _give_back_orphans(self) -> None:
+        """Of a connection that was lost: what had not begun, and what had, goes on."""
+        self.give_back(_not_running(self.holdings.orphans))
+        self.holdings.orphans.clear()
+
+    def give_back(self, tags: list[str]) -> None:
+        if not self.holdings.leased:
+            for tag in tags:
+                kombu_redis.QoS.restore_by_tag(self.qos, tag)
+            self.holdings.mine.difference_update(tags)
+        elif tags:
+            self.holdings.give_back(self._create_client(), tags)
+
+    def _exchange(self, lists: list[str], wanted: int) -> list[Any]:
+        holdings = self.holdings
+        if holdings.lost:
+            holdings.lost = False
+            raise redis.ConnectionError("the lease ran out")
+        tags = list(holdings.acknowledged)
+        prefix = self.global_keyprefix
+        keys = [f"{prefix}{key}" for key in lists]
+        keys += [holdings.unacked, holdings.index, holdings.held, *dead.keys(prefix)]
+        arguments = [wanted, time(), int(holdings.leased), self.max_message_size, *tags]
+        try:
+            found = _EXCHANGE.run(self._create_client(), keys, *arguments)
         except self.ResponseError as error:  # a full memory, say: nothing was taken
             logger.error("Redis refuses to hand out messages: %s", error)
             self.refused_until = monotonic() + _PAUSE
             return []
         for _ in tags:
-            self.acknowledged.popleft()
+            holdings.acknowledged.popleft()
         return list(found)
 
+    # An idle worker waits for the server to say that one of its lists has changed. kombu's BRPOP
+    # takes a message, and whoever dies before it is recorded has lost it.
+
+    def _brpop_start(self, timeout: float | None = None) -> None:
+        self._watched = frozenset(self.active_queues)
+        self._watches = self.exchanges and self._ours() and self._tracks()
+        if not self._watches:
+            super()._brpop_start(timeout)
+            return
+        queues = self._queue_cycle.consume(len(self.active_queues))
+        lists = [self._q_for_pri(queue, pri) for pri in self.priority_steps for queue in queues]
+        self._in_poll = self.client.connection
+        self._brpop_sent_at = self._looked = monotonic()
+        self._in_poll.send_command("EXISTS", *(f"{self.global_keyprefix}{key}" for key in lists))
+
+    def _tracks(self) -> bool:
+        connection = self.client.connection
+        if self._tracked is False or self._tracked is connection._sock:
+            return self._tracked is not False
+        try:
+            connection.send_command("CLIENT", "TRACKING", "ON")
+            connection.read_response()
+            self._tracked = connection._sock
+        except self.ResponseError as error:  # an old server, or one that forbids it
+            logger.warning("CLIENT TRACKING is refused, BRPOP has to serve: %s", error)
+            self._tracked = False
+        return self._tracked is not False
+
+    def _brpop_read(self, **options: Any) -> Any:
+        connection = self._in_poll
+        if not self._watches or not connection:
+            return super()._brpop_read(**options)
+        try:
+            while self._in_poll and connection.can_read(0):
+                reply = connection.read_response(push_request=True)
+                # A number of lists that hold something, or that one has changed.
+                if reply == 0:
+                    self._brpop_sent_at = None  # answered; from here on it is quiet
+                else:
+                    self._in_poll = None
+        except self.connection_errors:
+            self._in_poll = None
+            connection.disconnect()
+            raise
+        if not self._in_poll:
+            self._flush_brpop_reauth()
+        return True
+
+    def look_again(self) -> None:
+        """Wait anew for other queues, and now and then: a connection may be lost unnoticed."""
+        if not self._in_poll:
+            return
+        if self._watches:
+            quiet = self._brpop_sent_at is None and monotonic() - self._looked > _LOOK
+            if quiet or self._watched != set(self.active_queues):
+                self._in_poll = None
+        elif self.exchanges and self._ours() and self._watched != set(self.active_queues):
+            self._in_poll.disconnect()  # a BRPOP of queues that nobody consumes any more
+            self._in_poll = None
+
     def close(self) -> None:
-        if not self.closed and self.acknowledged and self.connection.client is not None:
+        if self._watches:
+            self._in_poll = None  # nothing of ours is on its way
+        if not self.closed and self.connection.client is not None and self.holdings.acknowledged:
             try:
-                self._run([], 0)
+                self._exchange([], 0)
             except self.connection_errors as error:
                 logger.warning("acknowledgements wait for the next connection: %s", error)
         super().close()
@@ -231,6 +388,7 @@ class Poller(kombu_redis.MultiChannelPoller):
         # Not where somebody waits for one message, as a worker does for its neighbours' replies.
         if self.exchanges and not self._in_protected_read:
             for channel in list(self._channels):
+                channel.look_again()
                 if channel.exchange():
                     self._bell.ring()
         super().on_poll_start()
@@ -257,13 +415,27 @@ class Transport(kombu_redis.Transport):
         super().register_with_event_loop(connection, loop)
 
 
+class SentinelChannel(Channel, kombu_redis.SentinelChannel):
+    from_transport_options: Any = (
+        *kombu_redis.SentinelChannel.from_transport_options,
+        "max_message_size",
+    )
+
+
+class SentinelTransport(Transport, kombu_redis.SentinelTransport):
+    """For `sentinel://`."""
+
+    Channel = SentinelChannel
+
+
+_TRANSPORTS = {"redis": Transport, "rediss": Transport, "sentinel": SentinelTransport}
+
+
 class RedisConnection(Connection):
-    """kombu's connection, with this transport where it would use its own for Redis.
+    """kombu's connection, with these transports where it would use its own for Redis.
 
     `broker_transport = "kombu.transport.redis:Transport"` keeps kombu's.
     """
 
     def get_transport_cls(self) -> Any:
-        if self.transport_cls in ("redis", "rediss"):
-            return Transport
-        return super().get_transport_cls()
+        return _TRANSPORTS.get(self.transport_cls) or super().get_transport_cls()

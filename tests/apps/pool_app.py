@@ -3,15 +3,17 @@
 import asyncio
 import json
 import os
+import signal
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
+from functools import cache
 
-from celery import Celery, Task, signals
+from celery import Celery, Task, chord, signals
 from celery.exceptions import SoftTimeLimitExceeded
 from redis import Redis
 from sqlalchemy import text
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 import celeriac
 from celeriac.store import redis_url
@@ -37,6 +39,7 @@ async def lifespan(app: Celery) -> AsyncIterator[None]:
 celery = celeriac.adopt(
     Celery("pool_app", broker=os.environ["BROKER"], backend=os.environ["BACKEND"]),
     lifespan=lifespan if "LIFESPAN" in os.environ else None,
+    lease=float(os.environ.get("LEASE", "30")),
 )
 if "WORKER_POOL" in os.environ:
     celery.conf.worker_pool = os.environ["WORKER_POOL"]
@@ -117,6 +120,33 @@ async def send_on(self: Task, count: int) -> list[str]:
 
 
 @celery.task(bind=True)
+async def start_chords(self: Task, rounds: int) -> list[str]:
+    """Chords started on the loop, while others end."""
+    options = {"queue": self.request.delivery_info["routing_key"]}
+    header = [parents.s().set(**options) for _ in range(2)]
+    started = []
+    for _ in range(rounds):
+        started.append(chord(header, count.s().set(**options)).apply_async().id)
+        await asyncio.sleep(0.05)
+    return started
+
+
+@celery.task
+async def hold_producers(key: str) -> None:
+    """Until there is something in the list `key`."""
+    with ExitStack() as held:
+        for _ in range(celery.conf.broker_pool_limit):
+            held.enter_context(celery.producer_pool.acquire(block=True))
+        note("producers", "held")
+        await asyncio.to_thread(notes.blpop, key, 30)
+
+
+@celery.task
+async def count(values: list[object]) -> int:
+    return len(values)
+
+
+@celery.task(bind=True)
 async def parents(self: Task) -> list[str | None]:
     return [self.request.parent_id, self.request.root_id]
 
@@ -168,21 +198,26 @@ async def exit_in_child() -> None:
     await asyncio.create_task(leave())
 
 
-engine = create_async_engine(
-    os.environ.get("DATABASE_URL", "sqlite+aiosqlite:///unused.sqlite3"), pool_timeout=60
-)
-
-
 @celery.task
 async def eager_in_run_sync() -> None:
-    async with engine.connect() as connection:
-        await connection.run_sync(lambda _: loop_of_this_process.apply(throw=True))
+    engine = create_async_engine("sqlite+aiosqlite://")
+    try:
+        async with engine.connect() as connection:
+            await connection.run_sync(lambda _: loop_of_this_process.apply(throw=True))
+    finally:
+        await engine.dispose()
+
+
+@cache
+def engine() -> AsyncEngine:
+    """The process's one."""
+    return create_async_engine(os.environ["DATABASE_URL"], pool_timeout=60)
 
 
 @celery.task(bind=True, autoretry_for=(ConnectionError,), default_retry_delay=0, retry_jitter=False)
 async def query(self: Task, number: int) -> int:
-    """Uses the process's one engine, twice, since the first try fails."""
-    async with engine.connect() as connection:
+    """Uses the engine twice, since the first try fails."""
+    async with engine().connect() as connection:
         found: int = (await connection.execute(text("SELECT :x + 0"), {"x": number})).scalar_one()
     if self.request.retries == 0:
         raise ConnectionError
@@ -206,3 +241,20 @@ def before(task_id: str, task: Task, **_: object) -> None:
 def after(task_id: str, task: Task, state: str, **_: object) -> None:
     ran[task_id].append(f"postrun {task.request.id == task_id} {state}")
     note(f"signals-{task_id}", ran.pop(task_id))
+
+
+@celery.task(acks_late=False)
+async def wait_early(seconds: float, key: str = "early") -> str:
+    return str(await wait.run(seconds, key))
+
+
+@celery.task
+def failed(request: object, error: object, _: object) -> None:
+    note("errback", repr(error))
+
+
+@celery.task(bind=True)
+async def die(self: Task, key: str = "die") -> None:
+    """Ends its process, each time it runs."""
+    note(f"{key}-started", os.getpid())
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -278,16 +278,6 @@ def test_the_env_file_is_private_and_leads_another_shell_to_the_broker(everythin
     assert done.stdout == "1.5\n", done.stderr
 
 
-def test_another_shell_can_ask_whether_this_projects_worker_is_ready(everything: Dev) -> None:
-    celeriac = Path(sys.executable).with_name("celeriac")
-    shell = f". {shlex.quote(str(everything.env_file))}; exec {celeriac} health worker --ready"
-
-    def ready() -> bool:
-        return subprocess.run(["sh", "-c", shell], env=environment()).returncode == 0
-
-    eventually(ready)
-
-
 def test_every_process_is_told_where_flower_is(everything: Dev) -> None:
     url = f"http://127.0.0.1:{everything.flower_port}"
     assert everything.call("GET", "/env")["FLOWER_URL"] == url

@@ -378,7 +378,7 @@ def test_a_result_backend_that_refuses_a_time_out_does_not_end_the_worker(
         worker.process.wait_for(r"Task pool_app\.hard\[\S+\] received")
         with closing(sqlite3.connect(results)) as database:
             database.execute("ALTER TABLE celery_taskmeta RENAME TO away")
-        worker.process.wait_for(r"the end of pool_app\.hard\[\S+\] was not noted")
+        worker.process.wait_for(r"what happened to pool_app\.hard\[\S+\] was not noted")
         with closing(sqlite3.connect(results)) as database:
             database.execute("ALTER TABLE away RENAME TO celery_taskmeta")
         assert beside.get(timeout=15) == "waited"

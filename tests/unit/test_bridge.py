@@ -12,7 +12,7 @@ from celery.exceptions import SoftTimeLimitExceeded
 
 from celeriac import bridge
 from celeriac.errors import BodyCancelledError
-from celeriac.loop import DaemonThreads
+from celeriac.executor import DaemonThreads
 from support import eventually
 
 
@@ -64,6 +64,58 @@ def test_inside_a_loop_offload_leaves_it_free_and_raises_what_was_raised() -> No
             await bridge.call(lambda: bridge.offload(int, "x"))
 
     asyncio.run(main())
+
+
+def test_a_cancelled_call_goes_on_when_its_thread_has_ended() -> None:
+    seen: list[str] = []
+
+    async def main() -> None:
+        begun, go = threading.Event(), threading.Event()
+
+        def send() -> None:
+            begun.set()
+            assert go.wait(10)
+            seen.append("sent")
+
+        def call() -> None:
+            try:
+                bridge.offload(send)
+            finally:
+                seen.append("given back")
+
+        task = asyncio.create_task(bridge.call(call))
+        await asyncio.to_thread(begun.wait, 10)
+        for _ in range(3):
+            task.cancel()
+            await asyncio.sleep(0)
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert seen == ["sent", "given back"]
+
+
+def test_a_cancelled_call_that_no_thread_has_begun_is_never_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(bridge, "_threads", DaemonThreads(1, "one"))
+    seen: list[str] = []
+
+    async def main() -> None:
+        go = threading.Event()
+        first = asyncio.create_task(bridge.call(lambda: bridge.offload(go.wait, 10)))
+        second = asyncio.create_task(bridge.call(lambda: bridge.offload(seen.append, "made")))
+        await asyncio.sleep(0)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        go.set()
+        assert await first
+        await bridge.call(lambda: bridge.offload(int))
+
+    asyncio.run(main())
+    assert seen == []
 
 
 def test_stopped_before_its_body_a_call_never_starts_it() -> None:

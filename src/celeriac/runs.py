@@ -1,0 +1,245 @@
+"""What runs where: a record of each run of a task, beside the results.
+
+A run is one delivery of one attempt: `id:retries:nesting`, since a retry and `Task.replace` publish
+the same id on purpose. The record is written before the body begins and removed when its end is
+written, in the same steps as the states. So the starts that had no end are counted, a run that
+others have superseded changes nothing, and whoever notices that a worker is gone writes what it
+cannot: the end of a run that was acknowledged early, the return of one that was not.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import redis
+from billiard.exceptions import WorkerLostError
+from celery import Celery, Task, states
+from celery.app.task import Context
+from kombu.utils.json import dumps
+
+from celeriac import lease
+from celeriac.lease import Script, execute
+
+logger = logging.getLogger(__name__)
+
+# Lua's: whether the state that is stored is an end, and which.
+_STATUS = """
+local ends = {SUCCESS = true, FAILURE = true, REVOKED = true}
+local function status()
+  local old = redis.call('GET', KEYS[1])
+  if not old then return '' end
+  local ok, meta = pcall(cjson.decode, old)
+  return ok and type(meta) == 'table' and meta.status or ''
+end
+local function store(value, lifetime)
+  if tonumber(lifetime) > 0 then
+    redis.call('SET', KEYS[1], value, 'EX', lifetime)
+  else
+    redis.call('SET', KEYS[1], value)
+  end
+  redis.call('PUBLISH', KEYS[1], value)
+end
+"""
+
+# A SUCCESS is overwritten by nothing, as in Celery, which reads it first. A retry is published
+# before its state is written: what it comes to may be there first.
+STORE = Script(
+    _STATUS
+    + """
+local value, state, field, token, mode = ARGV[1], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+if mode == 'begin' then
+  local starts, old = 1, redis.call('HGET', KEYS[2], field)
+  if old then starts = cjson.decode(old).n + 1 end
+  redis.call('HSET', KEYS[2], field, '{"n":' .. starts .. ',' .. ARGV[7])
+elseif field ~= '' then
+  if token ~= '' then
+    local old = redis.call('HGET', KEYS[2], field)
+    if old and not string.find(old, token, 1, true) then return -1 end
+    if not old and ends[status()] then return -1 end
+  end
+  if mode == 'end' then redis.call('HDEL', KEYS[2], field) end
+end
+if value == '' then return 1 end
+local old = status()
+if old == 'SUCCESS' or (state == 'RETRY' and ends[old]) then return 0 end
+store(value, ARGV[2])
+return 1
+"""
+)
+
+# Only while it is still the record that was seen: another start may have replaced it.
+_REPLACE = Script(
+    _STATUS
+    + """
+if redis.call('HGET', KEYS[2], ARGV[1]) ~= ARGV[2] then return 0 end
+redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
+local old = status()
+if ARGV[4] ~= '' and old ~= '' and not ends[old] then store(ARGV[4], ARGV[5]) end
+return 1
+"""
+)
+_DAY = 86400.0
+
+
+@dataclass(slots=True)
+class Run:
+    """One run in this process."""
+
+    field: str
+    token: str
+    record: str
+    begun: bool = False
+    ended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is known of a run that began and has not ended."""
+
+    field: str
+    starts: int  # without an end
+    holder: str  # of the lease; "" where its worker is known to be gone
+    began: float
+    context: dict[str, Any] | None  # of a run that was acknowledged early
+    raw: bytes
+
+    @classmethod
+    def read(cls, field: str, raw: bytes) -> "Record":
+        found = json.loads(raw)
+        return cls(field, found["n"], found["w"], found["t"], found.get("x"), raw)
+
+
+_keepers: WeakKeyDictionary[Celery, "Runs"] = WeakKeyDictionary()
+_number = count()
+
+
+def of(app: Celery) -> "Runs | None":
+    """The runs of `app`, in its workers; None where its results are in no Redis."""
+    return _keepers.get(app)
+
+
+def field_of(request: Any) -> str:
+    """Of a task's request, or of Celery's worker's."""
+    get = request.request_dict.get if hasattr(request, "request_dict") else request.get
+    return f"{request.id}:{get('retries') or 0}:{get('replaced_task_nesting') or 0}"
+
+
+def begin(task: Task) -> Run | None:
+    """Give the request of `task`, which is about to start, its run; not written yet."""
+    request = task.request
+    runs = _keepers.get(task.app)
+    if runs is None or request.called_directly or request.is_eager:
+        return None
+    token = f'"k":"{runs.holder}.{os.getpid()}.{next(_number)}"'
+    context = "" if task.acks_late else f',"x":{_context_of(task)}'
+    record = f'"w":"{runs.holder}",{token},"t":{int(time.time())}{context}}}'
+    run = request.celeriac_run = Run(field_of(request), token, record)
+    return run
+
+
+# Of a request, what the end of its run needs; its arguments stay out.
+_KEPT = (
+    "id", "root_id", "parent_id", "group", "group_index", "chord", "chain", "errbacks", "retries",
+    "replaced_task_nesting", "ignore_result", "reply_to", "correlation_id", "stamps",
+    "stamped_headers",
+)  # fmt: skip
+
+
+def _context_of(task: Task) -> str:
+    kept = {name: value for name in _KEPT if (value := task.request.get(name))}
+    text: str = dumps(kept | {"task": task.name})  # type: ignore[no-untyped-call]
+    return text
+
+
+class Runs:
+    """Those of one app, seen from its workers; `prefix` is that of the results' keys."""
+
+    def __init__(self, app: Celery, client: redis.Redis, prefix: str, seconds: float) -> None:
+        self._app, self._client = app, client
+        self.key = key_of(prefix)
+        self._lease = lease.Lease(client, f"{self.key}:", seconds)
+        self.holder = self._lease.holder
+        _keepers[app] = self
+
+    def keep(self, keeper: lease.Keeper) -> None:
+        """Renew the lease of those that begin here, and end those whose worker is gone."""
+        keeper.add(lease.Holding(self._lease, self._lose, self._take_over))
+
+    def find(self, field: str) -> Record | None:
+        raw = execute(self._client, "HGET", self.key, field)
+        return Record.read(field, raw) if raw else None
+
+    def alive(self, record: Record) -> bool:
+        """Whether the worker of a run still renews its lease."""
+        found = execute(self._client, "ZSCORE", self._lease.keys[0], record.holder)
+        return bool(record.holder) and found is not None
+
+    def all(self) -> Iterator[Record]:
+        for field, raw in self._client.hscan_iter(self.key, count=1000):
+            yield Record.read(field.decode(), raw)
+
+    def _lose(self) -> None:
+        logger.warning("the runs of this worker were given up while it did not renew its lease")
+
+    def _take_over(self, holder: str) -> None:
+        for record in self.all():
+            if record.holder == holder:
+                if record.context is None:
+                    self._return(record)
+                else:
+                    self._fail(record)
+            elif not record.holder and time.time() - record.began > _DAY:
+                execute(self._client, "HDEL", self.key, record.field)
+
+    def _replace(self, record: Record, state: str = "", *, holder: str) -> Record | None:
+        """The record with another holder; None where it is not any more what it was."""
+        task_id, _, _ = record.field.rsplit(":", 2)
+        changed = json.dumps(json.loads(record.raw) | {"w": holder})
+        backend = self._app.backend
+        keys = [backend.get_key_for_task(task_id), self.key]
+        value = ""
+        if state:
+            meta = backend._get_result_meta(None, state, None, None)
+            value = backend.encode(meta | {"task_id": task_id, "date_done": None})
+        arguments = record.field, record.raw, changed, value, backend.expires or 0
+        if not _REPLACE.run(self._client, keys, *arguments):
+            return None
+        return Record.read(record.field, changed.encode())
+
+    def _return(self, record: Record) -> None:
+        """Its message goes back to the queue, or is there: it waits again, and has not ended."""
+        if self._replace(record, states.PENDING, holder=""):
+            logger.warning("task %s lost its worker and waits again", record.field)
+
+    def _fail(self, record: Record) -> None:
+        """Its message is gone: nobody else can say how it ended."""
+        ours = self._replace(record, holder=self.holder)  # if we die now, the next one goes on
+        if ours is None:
+            return
+        try:
+            self._report(ours)
+        except Exception:
+            self._replace(ours, holder=record.holder)  # so that it is found again
+            raise
+        execute(self._client, "HDEL", self.key, record.field)
+
+    def _report(self, record: Record) -> None:
+        assert record.context is not None
+        request, backend = Context(record.context), self._app.backend
+        logger.error("task %s lost its worker, which had acknowledged it", record.field)
+        stored = backend._get_task_meta_for(request.id)
+        if stored["status"] == states.SUCCESS:  # and what follows it was not sent
+            backend.mark_as_done(request.id, stored["result"], request, store_result=False)
+        else:
+            error = WorkerLostError("the worker of this task is gone")
+            backend.mark_as_failure(request.id, error, request=request)
+
+
+def key_of(prefix: str) -> str:
+    return f"{prefix}celeriac:runs"

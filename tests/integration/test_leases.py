@@ -1,0 +1,93 @@
+"""What a worker holds is its own while it lives, however long, and back within the lease if not."""
+
+import json
+import signal
+from typing import Any
+
+import pytest
+
+from celeriac.embedded import Valkey
+from support import empty_redis, eventually
+from workers import Worker
+
+LATE = json.dumps({"task_acks_late": True, "worker_prefetch_multiplier": 4})
+STOCK = json.dumps(json.loads(LATE) | {"broker_transport": "kombu.transport.redis:Transport"})
+LEASE = 2.0  # seconds
+
+
+def worker(valkey: Valkey, pool: str, *options: str, conf: str = LATE) -> Worker:
+    urls = valkey.celery_url, valkey.celery_url
+    return Worker("pool_app", pool, *urls, *options, CONF=conf, LEASE=str(LEASE))
+
+
+@pytest.fixture(autouse=True)
+def _empty(valkey: Valkey) -> None:
+    empty_redis(valkey.celery_url)
+
+
+@pytest.mark.parametrize("pool", ["celeriac", "prefork", "threads", "solo"])
+def test_what_a_killed_worker_held_runs_elsewhere_within_the_lease(
+    pool: str, valkey: Valkey
+) -> None:
+    with worker(valkey, pool) as first, worker(valkey, pool, "-Q", "idle") as second:
+        sent = [first.send("wait", 1, "held") for _ in range(12)]
+        first.noted("held-started")
+        first.process.signal(signal.SIGKILL)
+        second.control("add_consumer", queue=first.queue)
+        held = f"celeriac:unacked:held:{first.process.pid}-*"
+        assert list(first.notes.scan_iter(held))
+        eventually(lambda: not list(first.notes.scan_iter(held)), LEASE + 5)
+        assert {result.get(timeout=40) for result in sent} == {"waited"}
+
+
+def test_a_task_of_three_leases_and_what_is_due_later_run_once(valkey: Valkey) -> None:
+    with (
+        worker(valkey, "celeriac") as first,
+        worker(valkey, "celeriac", "-Q", first.queue) as second,
+        worker(valkey, "prefork", "-Q", first.queue),
+    ):
+        long = [first.send("wait", 3 * LEASE, "long") for _ in range(6)]
+        later = [first.send("wait", 0, "later", countdown=4 * LEASE) for _ in range(6)]
+        assert {each.get(timeout=60) for each in (*long, *later)} == {"waited"}
+        assert second.notes.llen("note:long-started") == 6
+        assert second.notes.llen("note:later-started") == 6
+        eventually(lambda: not second.notes.exists("unacked"))
+
+
+def test_what_a_stock_worker_runs_is_left_to_it(valkey: Valkey) -> None:
+    with (
+        worker(valkey, "threads", conf=STOCK) as stock,
+        worker(valkey, "celeriac", "-Q", "nothing"),
+    ):
+        sent = stock.send("wait", 3 * LEASE, "stock")
+        assert stock.noted("stock-started")
+        assert sent.get(timeout=30) == "waited"
+        assert stock.notes.llen("note:stock-started") == 0  # a second one
+
+
+def test_a_worker_that_ends_gives_back_at_once_what_it_had_not_begun(valkey: Valkey) -> None:
+    with worker(valkey, "celeriac", "-c", "1") as first:
+        for _ in range(4):
+            first.send("wait", 1, "given")
+        first.noted("given-started")
+        eventually(lambda: first.notes.hlen("unacked") == 4)
+        first.process.signal(signal.SIGTERM)
+        assert first.process.wait() == 0
+        assert first.notes.llen(first.queue) == 3
+        assert not any(first.notes.scan_iter("celeriac:*held*"))
+        assert not first.notes.exists("unacked")
+
+
+def test_a_worker_that_lost_its_lease_keeps_nothing_that_others_have(valkey: Valkey) -> None:
+    with worker(valkey, "celeriac") as first:
+        held: list[Any] = [first.send("wait", 8, "slow") for _ in range(3)]
+        for _ in held:
+            first.noted("slow-started")
+        with worker(valkey, "celeriac", "-Q", first.queue):
+            first.process.signal(signal.SIGSTOP)
+            eventually(lambda: first.notes.llen("note:slow-started") == 3, LEASE + 10)
+            first.process.signal(signal.SIGCONT)
+            assert {each.get(timeout=40) for each in held} == {"waited"}
+            eventually(lambda: not first.notes.exists("unacked"), 30)
+        again = first.send("wait", 0, "after")
+        assert again.get(timeout=20) == "waited"

@@ -1,0 +1,100 @@
+"""Every run of a task comes to an end that can be read, whatever becomes of its worker."""
+
+import json
+import signal
+
+import pytest
+from celery import chord
+from celery.exceptions import WorkerLostError
+
+from celeriac.embedded import Valkey
+from support import empty_redis, eventually, given
+from workers import BROKERS, Worker
+
+LEASE = 2.0  # seconds
+LATE = {"task_acks_late": True, "task_reject_on_worker_lost": True, "worker_prefetch_multiplier": 1}
+
+
+def worker(broker: str, valkey: Valkey, pool: str, *options: str, **conf: object) -> Worker:
+    conf = {"task_track_started": True, **conf}
+    urls = broker, valkey.celery_url
+    return Worker("pool_app", pool, *urls, *options, CONF=json.dumps(conf), LEASE=str(LEASE))
+
+
+@pytest.fixture(params=BROKERS)
+def broker(request: pytest.FixtureRequest, valkey: Valkey) -> str:
+    empty_redis(valkey.celery_url)
+    if request.param == "redis":
+        empty_redis(given("TEST_REDIS_URL"))
+    urls = {"rabbitmq": "TEST_AMQP_URL", "redis": "TEST_REDIS_URL"}
+    return given(urls[request.param]) if request.param in urls else valkey.celery_url
+
+
+@pytest.fixture(params=["celeriac", "prefork", "threads", "solo"])
+def pool(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+def test_what_a_killed_worker_had_acknowledged_ends_as_a_failure(
+    pool: str, broker: str, valkey: Valkey
+) -> None:
+    with worker(broker, valkey, pool) as first, worker(broker, valkey, pool) as second:
+        sent = first.signature("wait_early", 60).on_error(second.signature("failed")).apply_async()
+        group = chord(
+            [first.signature("wait_early", 60)], second.signature("wait", 0)
+        ).apply_async()
+        for _ in range(1 if pool == "solo" else 2):
+            first.noted("early-started")
+        first.process.signal(signal.SIGKILL)
+        with pytest.raises(WorkerLostError):
+            sent.get(timeout=LEASE + 8)
+        assert "WorkerLostError" in second.noted("errback")
+        if pool != "solo":
+            with pytest.raises(Exception, match="gone"):
+                group.get(timeout=LEASE + 8)
+        eventually(lambda: not second.notes.exists("celeriac:runs"))
+
+
+def test_what_a_killed_worker_had_not_acknowledged_waits_again_and_runs(
+    pool: str, broker: str, valkey: Valkey
+) -> None:
+    with worker(broker, valkey, pool, **LATE) as first:
+        sent = first.send("wait", 3)
+        first.noted("wait-started")
+        eventually(lambda: sent.state == "STARTED")
+        first.process.signal(signal.SIGKILL)
+        first.process.wait()
+        with worker(broker, valkey, pool, "-Q", "none", **LATE) as second:
+            eventually(lambda: sent.state == "PENDING", LEASE + 8)
+            second.control("add_consumer", queue=first.queue)
+            assert sent.get(timeout=LEASE + 15) == "waited"
+            eventually(lambda: not second.notes.exists("celeriac:runs"))
+
+
+def test_a_task_that_kills_its_worker_is_started_three_times_and_costs_no_other(
+    pool: str, broker: str, valkey: Valkey
+) -> None:
+    with worker(broker, valkey, pool, **LATE) as first:
+        good = [first.send("wait", 0.1, "good") for _ in range(20)]
+        poison = first.send("die")
+        good += [first.send("wait", 0.1, "good") for _ in range(20)]
+        replaced: list[Worker] = []
+        try:
+            while not poison.ready():
+                if not first.process.running and not any(r.process.running for r in replaced):
+                    new = worker(broker, valkey, pool, "-Q", first.queue, **LATE)
+                    replaced.append(new)
+                    new.wait_until_ready()
+                eventually(
+                    lambda: poison.ready() or not (replaced or [first])[-1].process.running, 60
+                )
+            with pytest.raises(Exception, match="3 times"):
+                poison.get()
+            assert {each.get(timeout=30) for each in good} == {"waited"}
+            assert first.notes.llen("note:die-started") == 3
+            assert first.notes.hlen("celeriac:dead") == 1
+            eventually(lambda: not first.notes.exists("unacked"))
+        finally:
+            for each in replaced:
+                each.close()

@@ -133,6 +133,7 @@ def adopt(
         }
     )
     backend.report_ignored_results(app)
+    app.steps["worker"].add("celeriac.pulse:Pulse")  # by name: only workers import it
     # Celery's own choice is the app made last in this thread, and none in any other.
     _state._set_current_app(None)
     _state.set_default_app(Proxy(current_app))

@@ -16,7 +16,7 @@ from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 from celery import Celery
-from celery.beat import PersistentScheduler, ScheduleEntry, SchedulingError
+from celery.beat import PersistentScheduler, ScheduleEntry, SchedulingError, beat_nodename
 from celery.schedules import schedstate
 from celery.schedules import schedule as interval
 from celery.utils.time import maybe_make_aware
@@ -25,6 +25,7 @@ from kombu.utils.objects import cached_property
 from redis.exceptions import RedisError
 
 from celeriac.errors import ConfigurationError
+from celeriac.health import HealthError, Report
 from celeriac.leadership import LEASE, Leadership, LostLeadershipError, find_place
 
 logger = logging.getLogger(__name__)
@@ -113,22 +114,27 @@ class Scheduler(PersistentScheduler):  # type: ignore[misc]
 
     def __init__(self, app: Celery, *args: Any, **options: Any) -> None:
         self._attempts: dict[str, tuple[int, float]] = {}  # by entry: how many, when the next
-        self._alone = self._leads = False
+        self._alone = self._leads = self._well = False
+        self._health: Report | None = None
+        self._next_report = 0.0
         self._state = ""
         super().__init__(app, *args, **options)
 
     # Leading
 
     def tick(self, *args: Any, **options: Any) -> float:
+        self._report()
         try:
             if not self._alone and not self._lead():
+                self._well = True
                 return self._patience
             if not self._alone:
                 _ = self.producer  # here, where its failure costs no tick
         except _AWAY as error:
-            self._leads = False
+            self._leads = self._well = False
             self._tell(logging.ERROR, f"nothing can be sent: {error}")
             return self._patience
+        self._well = True
         pause: float = super().tick(*args, **options)
         return min(pause, _LONGEST_SLEEP)
 
@@ -174,7 +180,22 @@ class Scheduler(PersistentScheduler):  # type: ignore[misc]
             self._state = state
             logger.log(level, "beat: %s", state)
 
+    def _report(self) -> None:
+        """For `celeriac health beat`: that it ticks, and whether it would send what is due."""
+        if (now := time.monotonic()) < self._next_report:
+            return
+        self._next_report = now + 1.0
+        try:
+            if self._health is None:
+                self._health = Report("beat", beat_nodename())
+            self._health.write("" if self._well else self._state or "it is starting")
+        except (HealthError, OSError) as error:
+            self._next_report = now + 60.0
+            logger.warning("`celeriac health beat` will find nothing: %s", error)
+
     def close(self) -> None:
+        if self._health is not None:
+            self._health.remove()
         self._leads = False
         if self.leadership is not None:
             self.leadership.release()

@@ -323,6 +323,14 @@ def test_e02_beat_runs_the_interval(system: System) -> None:
     system.runner.wait_for(r"project\.users\.tasks\.count_users\[.*succeeded", count=2)
 
 
+@pytest.mark.parametrize("role", ["web", "worker", "beat"])
+def test_each_process_is_ready(role: str, system: System) -> None:
+    url = f"{system.base}/health-check"
+    with system.shell("-m", "celeriac.cli", "health", role, "--ready", "--url", url) as probe:
+        assert probe.wait() == 0, probe.output
+        assert re.fullmatch(rf"{role} .*\n", probe.output)
+
+
 def test_e03_e04_a_prefix_names_the_queue(system: System) -> None:
     code = (
         "from main import celery\n"

@@ -337,6 +337,23 @@ def test_everything_depended_on_exists_and_can_be_healthy(compose: dict[str, Any
                 assert name in services
 
 
+@pytest.mark.parametrize(
+    ("service", "role"), [("web", "web"), ("celery_worker", "worker"), ("celery_beat", "beat")]
+)
+def test_each_of_ours_is_probed(service: str, role: str, compose: dict[str, Any]) -> None:
+    """By a command that exists: with nothing to probe it says so, in one line."""
+    test = compose["services"][service]["healthcheck"]["test"]
+    assert test.startswith(f"celeriac health {role} --ready")
+    unused = tempfile.mkdtemp()
+    url = f"--url=http://127.0.0.1:{free_port()}/"
+    done = subprocess.run(
+        [*shlex.split(test), url],
+        env=environment(CELERIAC_HEALTH_DIR=unused), capture_output=True, text=True,
+    )  # fmt: skip
+    os.rmdir(unused)  # noqa: PTH106
+    assert (done.returncode, done.stdout.count("\n"), done.stderr) == (1, 1, "")
+
+
 def test_urls_name_services_of_the_file(compose: dict[str, Any]) -> None:
     services = compose["services"]
     for name in ["web", "celery_worker", "celery_beat", "flower"]:

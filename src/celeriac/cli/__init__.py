@@ -1,25 +1,15 @@
-"""The command line. Each subcommand has a module of its own."""
+"""The command line."""
 
-from importlib import import_module
-
-import click
+import sys
 
 
-class _Commands(click.Group):
-    """Imports the module of the command that is called alone: some import all of Celery."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["dev", "settings"]
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in self.list_commands(ctx):
-            return None
-        command = getattr(import_module(f"celeriac.cli.{cmd_name}"), cmd_name)
-        assert isinstance(command, click.Command)
-        return command
-
-
-@click.group(cls=_Commands)
-@click.version_option(package_name="celeriac")
 def main() -> None:
-    """Celery for FastAPI and Flask, as if they had been built together."""
+    """Run the command that the arguments name."""
+    if sys.argv[1:2] == ["health"]:
+        # It is started every few seconds: importing click would cost as much again as all the rest.
+        from celeriac.cli.health import health
+
+        sys.exit(health(sys.argv[2:]))
+    from celeriac.cli.commands import commands
+
+    commands(prog_name="celeriac")

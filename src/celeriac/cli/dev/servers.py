@@ -15,6 +15,7 @@ BROKER = "CELERY_BROKER_URL"
 BACKEND = "CELERY_RESULT_BACKEND"
 REDIS = "REDIS_URL"
 DATABASE = "DATABASE_URL"
+HEALTH = "CELERIAC_HEALTH_DIR"
 
 # Others (a database, a file) are no servers that kombu could greet.
 _CHECKED_SCHEMES = ("redis", "rediss", "redis+socket", "unix", "amqp", "amqps", "pyamqp")
@@ -45,11 +46,12 @@ def needs_valkey(user: Mapping[str, str]) -> bool:
 
 def variables(user: Mapping[str, str], valkey: Valkey | None, data: Path) -> dict[str, str]:
     """What every process is told beside what the user set."""
-    given = {}
+    # Of its own: another project's worker that is ill shall not be taken for this one's.
+    given = {HEALTH: str(data.resolve() / "health")}
     if valkey is not None:
-        given = {REDIS: valkey.redis_url, BROKER: valkey.celery_url, BACKEND: valkey.celery_url}
+        given |= {REDIS: valkey.redis_url, BROKER: valkey.celery_url, BACKEND: valkey.celery_url}
     elif REDIS in user:
-        given = dict.fromkeys((BROKER, BACKEND), _for_celery(user[REDIS]))
+        given |= dict.fromkeys((BROKER, BACKEND), _for_celery(user[REDIS]))
     if Path("alembic.ini").exists():
         given[DATABASE] = f"sqlite:///{data / 'db.sqlite3'}"
     return given

@@ -83,6 +83,9 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
                 return handle(message)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 # Written by nobody's Celery: it must not end the worker.
+                if message.acknowledged:
+                    logger.exception("a message that was refused could not be reported")
+                    return None
                 return self.on_decode_error(message, error)
 
         return guarded

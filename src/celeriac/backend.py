@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import datetime
 from functools import cached_property, partial
 from typing import Any
 from weakref import WeakSet
@@ -116,6 +117,16 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         if self._step(task_id, value, state, run, mode):
             self._show(self.get_key_for_task(task_id), value, state)
         return result
+
+    def _get_result_meta(self, result: Any, state: str, *args: Any, **options: Any) -> Any:
+        # Celery's way to the time is a tenth of what a task costs: it asks, for UTC too, whether
+        # the clocks were put back just now.
+        if state not in self.READY_STATES or type(self.app).now is not Celery.now:
+            return super()._get_result_meta(result, state, *args, **options)
+        meta = super()._get_result_meta(result, states.STARTED, *args, **options)
+        now: Any = datetime.now(self.app.timezone)
+        formatted = options.get("format_date", True)
+        return meta | {"status": state, "date_done": now.isoformat() if formatted else now}
 
     def _step(self, task_id: str, value: str, state: str, run: runs.Run | None, mode: str) -> bool:
         """Store a state, and note the begin or the end of its run; whether it was stored."""

@@ -225,6 +225,11 @@ async def query(self: Task, number: int) -> int:
 
 
 @celery.task
+async def kind_of_loop() -> str:
+    return type(asyncio.get_running_loop()).__module__
+
+
+@celery.task
 async def loop_of_this_process() -> tuple[int, int]:
     return os.getpid(), id(asyncio.get_running_loop())
 

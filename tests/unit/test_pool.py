@@ -18,6 +18,7 @@ def pool() -> Iterator[TaskPool]:
     pool.start()
     yield pool
     pool.stop()
+    pool._bell.close()  # which a worker leaves to its end
     bridge.close()
 
 

@@ -166,7 +166,7 @@ def _close_loop(**_: Any) -> None:
     leases.process.stop()
 
 
-@celeryd_init.connect  # type: ignore[untyped-decorator]
+@celeryd_after_setup.connect  # type: ignore[untyped-decorator]
 def _keep_leases(instance: Any, **_: Any) -> None:
     if instance.app in _leases:
         keeper = leases.process.keep(_leases[instance.app])

@@ -1,7 +1,6 @@
 """What the tests of publishing share."""
 
 import asyncio
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,19 +38,25 @@ def took_task_ids(app: Celery) -> list[str]:
     return ids
 
 
+class Turns:
+    count = 0
+
+
 @contextmanager
-def lags() -> Iterator[list[float]]:
-    """How late each tick of the loop comes, in seconds."""
-    late: list[float] = []
+def turns(pause: float = 0.0) -> Iterator[Turns]:
+    """How often the loop came back to somebody who gives it `pause` seconds for others each time.
 
-    async def tick() -> None:
+    One whom a call blocks does not come back, however fast the machine is.
+    """
+    taken = Turns()
+
+    async def take() -> None:
         while True:
-            due = time.perf_counter() + 0.001
-            await asyncio.sleep(0.001)
-            late.append(time.perf_counter() - due)
+            await asyncio.sleep(pause)
+            taken.count += 1
 
-    ticker = asyncio.create_task(tick())
+    taker = asyncio.create_task(take())
     try:
-        yield late
+        yield taken
     finally:
-        ticker.cancel()
+        taker.cancel()

@@ -52,11 +52,20 @@ class System:
         app.conf.broker_pool_limit = 0  # no pool: nothing is left to close
         return app
 
+    @property
+    def on_rabbitmq(self) -> bool:
+        return self.env["CELERY_BROKER_URL"].startswith("amqp")
+
     def send(self, name: str, *args: object, **options: object) -> str:
         """Send the task to the queue that its name says; its id."""
         queue, colon, _ = name.partition(":")
         queue = queue if colon else "default"
-        result = self.producer.send_task(name, args, queue=queue, ignore_result=None, **options)
+        if self.on_rabbitmq:
+            # Without a declaration: the producer's would be of another queue than the system's.
+            options |= {"exchange": "celeriac", "routing_key": queue}
+        else:
+            options["queue"] = queue
+        result = self.producer.send_task(name, args, ignore_result=None, **options)
         task_id: str = result.id
         return task_id
 

@@ -6,23 +6,34 @@ as well as sending, or those who hold the producers would never come to give the
 reason those who send have threads of their own.
 """
 
+from functools import partial
 from typing import Any
 
 import celery.app.amqp
 from celery import Celery
+from kombu.connection import Connection
 from kombu.messaging import Producer
 from kombu.pools import ProducerPool
 
-from celeriac import bridge, threads, transport
+from celeriac import bridge, rabbitmq, threads, transport
 
 
 class _Producer(Producer):
+    def __init__(self, app: Celery, connection: Connection) -> None:
+        self._app = app
+        super().__init__(connection)
+
     def publish(self, *args: Any, **options: Any) -> Any:
-        return bridge.offload(super().publish, *args, **options)
+        return bridge.offload(self._publish_once, super().publish, *args, **options)
+
+    def _publish_once(self, publish: Any, *args: Any, **options: Any) -> Any:
+        send = partial(publish, *args, **options)
+        return rabbitmq.publish(self._app, self, send, options.get("exchange"))
 
 
 class _Producers(ProducerPool):
-    Producer = _Producer
+    def __init__(self, app: Celery) -> None:
+        super().__init__(app.pool, limit=app.pool.limit, Producer=partial(_Producer, app))
 
     def acquire(self, block: bool = False, timeout: float | None = None) -> Any:
         acquire: Any = super().acquire
@@ -45,28 +56,53 @@ class _Producers(ProducerPool):
     def _one_more(self) -> Any:
         """For remote control, which never waits: it answers though tasks hold all producers."""
         connection = self.connections.connection.clone()
-        producer: Any = self.Producer(connection)  # type: ignore[no-untyped-call]
+        producer: Any = self.Producer(connection)
         producer.release = connection.release
         return producer
+
+
+_LONGEST_PAUSE = 4.0  # seconds
+
+
+class _Connection(transport.RedisConnection):
+    def ensure_connection(
+        self, errback: Any = None, max_retries: int | None = None, **options: Any
+    ) -> Any:
+        """As kombu's, which waits up to 30 s between its tries, when the broker may be back soon.
+
+        Only where it tries for ever: those whose tries are counted would give up sooner.
+        """
+        if not max_retries and "interval_max" not in options:
+            options |= {"interval_start": 1, "interval_step": 1, "interval_max": _LONGEST_PAUSE}
+        return super().ensure_connection(errback, max_retries, **options)
 
 
 class AMQP(celery.app.amqp.AMQP):  # type: ignore[misc]
     """Celery's, with producers that never block an event loop, and our transport for Redis."""
 
-    Connection = transport.RedisConnection
+    Connection = _Connection
 
     @property
     def producer_pool(self) -> Any:
         if (sender := threads.sender(self.app)) is not None:
             return sender
         if self._producer_pool is None:  # Celery empties it after a fork
-            pool = self.app.pool
-            self._producer_pool: Any = _Producers(pool, limit=pool.limit)  # type: ignore[no-untyped-call]
+            self._producer_pool: Any = _Producers(self.app)
         return self._producer_pool
 
     def _retry_publish(self, publish: Any, *args: Any, **options: Any) -> Any:
         # It takes a producer, and waits between its attempts with time.sleep.
         return bridge.offload_wait(super()._retry_publish, publish, *args, **options)
+
+
+class QuorumAMQP(AMQP):
+    """With quorum queues where a queue is known by its name alone."""
+
+    queues_cls = rabbitmq.Queues
+
+    def Queues(self, queues: Any, *args: Any, **options: Any) -> Any:  # noqa: N802 - Celery's
+        default = self.app.conf.task_default_queue
+        return super().Queues(queues or [rabbitmq.queue(default)], *args, **options)
 
 
 def use_amqp(app: Celery) -> None:

@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any
-from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 import celery
@@ -23,9 +22,20 @@ from celery.signals import (
     worker_shutdown,
 )
 from celery.utils.imports import symbol_by_name
-from kombu.entity import Exchange, Queue
 
-from celeriac import backend, bridge, delivery, publish, store, task
+from celeriac import (
+    amqp,
+    backend,
+    bridge,
+    delivery,
+    messages,
+    profile,
+    publish,
+    rabbitmq,
+    serialization,
+    store,
+    task,
+)
 from celeriac import lease as leases
 from celeriac import lifespan as lifespans
 from celeriac.errors import (
@@ -56,33 +66,6 @@ class _Fallback:
 _fallback = _Fallback()
 _chosen: ContextVar[Celery | None] = ContextVar("celeriac_app", default=None)
 
-_SERVER_TIMEOUT = 2.0  # seconds; Celery's own defaults wait 20 s, or for ever
-_REDIS_OPTIONS = {
-    "socket_timeout": _SERVER_TIMEOUT,
-    "socket_connect_timeout": _SERVER_TIMEOUT,
-    "socket_keepalive": True,
-}
-_RELIABLE: dict[str, Any] = {
-    # A task is acknowledged when it has ended: a worker that dies leaves it to another.
-    "task_acks_late": True,
-    "task_reject_on_worker_lost": True,
-    "worker_prefetch_multiplier": 1,
-    "beat_scheduler": "celeriac.beat:Scheduler",  # of two beats one sends
-    # JSON only: unpickling a message runs whatever its sender wrote.
-    "task_serializer": "json",
-    "result_serializer": "json",
-    "accept_content": ["json"],
-    # Nothing waits for a dead server for ever; one retry, since a pooled connection may be stale.
-    "broker_connection_timeout": _SERVER_TIMEOUT,
-    "broker_connection_retry_on_startup": False,  # a wrong address ends the start with one line
-    "task_publish_retry_policy": {"max_retries": 1, "interval_start": 0, "interval_max": 0.2},
-    "redis_socket_timeout": _SERVER_TIMEOUT,
-    "redis_socket_connect_timeout": _SERVER_TIMEOUT,
-    # Flower shows what was sent, and `AsyncResult` a result's name and arguments.
-    "task_send_sent_event": True,
-    "result_extended": True,
-}
-
 
 def adopt(
     app: Celery,
@@ -112,6 +95,7 @@ def adopt(
     if not lease >= 1:
         raise ConfigurationError(f"lease: expected at least 1 second, got {lease!r}")
     _support_async_bodies(app)
+    serialization.use()
     if not max_deliveries >= 1:
         raise ConfigurationError(f"max_deliveries: expected at least 1, got {max_deliveries!r}")
     _leases[app] = lease
@@ -169,6 +153,13 @@ def _adopt_tasks_made_since(instance: Any, **_: Any) -> None:
         _adopt_foreign_tasks(instance.app)
 
 
+@celeryd_after_setup.connect  # type: ignore[untyped-decorator]
+def _refuse_other_queues(instance: Any, **_: Any) -> None:
+    """A queue that exists on RabbitMQ as another one ends the start with one line."""
+    if _adopted.get(instance.app) is not None:
+        rabbitmq.refuse_mismatch(instance.app)
+
+
 def _close_loop(**_: Any) -> None:
     lifespans.leave()
     bridge.close()
@@ -198,16 +189,14 @@ def create_celery(
     """
     for option in options:
         check_option(option, option)
-    config = _RELIABLE | options | settings.celery_config()
-    config["broker_transport_options"] = _transport_options(config)
+    config = profile.reliable(options | settings.celery_config(), settings.max_message_size)
     config["beat_lease"] = settings.beat_lease
-    if not config["result_backend"].startswith("redis+socket:"):  # a unix socket takes no such
-        config.setdefault("redis_socket_keepalive", True)
-    if config.get("task_queues"):
-        config["task_queues"] = [_queue(queue) for queue in config["task_queues"]]
     app = Celery(name, set_as_current=False)
     app.backend_cls = config["result_backend"]  # which CELERY_RESULT_BACKEND does not beat
     app.conf.update(_without_environment(config))
+    if profile.has_quorum_queues(config):
+        app.amqp_cls = amqp.QuorumAMQP
+        app.steps["consumer"].add(rabbitmq.DeadLetters)
     adopted = adopt(
         app,
         status_store=settings.ws_message_queue,
@@ -216,15 +205,9 @@ def create_celery(
         lease=settings.worker_lease,
         max_deliveries=settings.max_deliveries,
     )
+    messages.limit(app, settings.max_message_size)
     _adopted[app] = settings
     return adopted
-
-
-def _queue(queue: Any) -> Any:
-    # With an exchange and a key of its own: those of the default would get every queue's messages.
-    if not isinstance(queue, str):
-        return queue
-    return Queue(queue, Exchange(queue), queue)  # type: ignore[no-untyped-call]
 
 
 @celeryd_init.connect  # type: ignore[untyped-decorator]
@@ -260,21 +243,13 @@ def _probe(app: Celery) -> None:
         return
     with app.connection_for_read() as connection:
         try:
-            connection.ensure_connection(max_retries=1, interval_start=0, timeout=_SERVER_TIMEOUT)
+            connection.ensure_connection(
+                max_retries=1, interval_start=0, timeout=profile.SERVER_TIMEOUT
+            )
         except Exception as error:  # whatever a broker's library raises
             raise SystemExit(
                 f"error: the broker {connection.as_uri()} does not answer: {error}"
             ) from None
-
-
-def _transport_options(config: Mapping[str, Any]) -> dict[str, Any]:
-    scheme = urlsplit(config["broker_url"].split(";")[0]).scheme
-    given = config.get("broker_transport_options") or {}
-    if scheme in ("redis", "rediss", "redis+socket", "sentinel"):
-        return _REDIS_OPTIONS | given
-    if scheme in ("amqp", "amqps", "pyamqp"):
-        return {"confirm_publish": True} | given
-    return dict(given)
 
 
 def _without_environment(config: dict[str, Any]) -> dict[str, Any]:

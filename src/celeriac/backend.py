@@ -227,8 +227,8 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
 
 def _step_of(request: Any, state: str) -> tuple[runs.Run | None, str]:
     """The run that a state belongs to, and what the state is to it."""
-    if request is None or getattr(request, "is_eager", False):
-        return None, ""
+    if getattr(request, "id", None) is None or getattr(request, "is_eager", False):
+        return None, ""  # Celery's stand-in for an unknown task's has no id
     run: runs.Run | None = getattr(request, "celeriac_run", None)
     over = state in states.READY_STATES or state == states.RETRY
     if run is None:  # Celery's worker writes what the process of the task could not

@@ -335,8 +335,7 @@ class _Waiting:
     """One hosted call on the process's loop, seen from the thread that waits for it."""
 
     def __init__(self, function: Callable[..., Any], coroutine: Coroutine[Any, Any, Any]) -> None:
-        self._context = copy_context()
-        self._context.run(_tracer.set, stack_key())
+        self._context = context_of_tracer()
         self._context.run(_runs_direct_calls.set, False)
         self._hosted = Hosted(function, coroutine)
         self.throw = self._hosted.throw

@@ -16,13 +16,15 @@ from weakref import WeakKeyDictionary
 
 from billiard.einfo import ExceptionInfo
 from celery import Celery, Task, signals
+from celery.exceptions import InvalidTaskError
+from celery.utils.objects import Bunch
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.request import Request
 from kombu.message import Message
 from redis.exceptions import RedisError
 
-from celeriac import bridge, dead, runs
+from celeriac import bridge, dead, messages, runs
 from celeriac.errors import DeadLetterError, PoisonError
 
 logger = logging.getLogger(__name__)
@@ -70,12 +72,20 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
 
     def create_task_handler(self, *args: Any, **options: Any) -> _Handle:
         handle: _Handle = super().create_task_handler(*args, **options)
+        limit = messages.limit_of(self.app)
 
         def guarded(message: Message) -> Any:
+            try:
+                messages.check(message, limit)
+            except Exception as error:  # whatever a deserializer raises
+                return self._refuse(message, error)
             try:
                 return handle(message)
             except (AttributeError, KeyError, TypeError, ValueError) as error:
                 # Written by nobody's Celery: it must not end the worker.
+                if message.acknowledged:
+                    logger.exception("a message that was refused could not be reported")
+                    return None
                 return self.on_decode_error(message, error)
 
         return guarded
@@ -104,6 +114,19 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
     def on_invalid_task(self, body: Any, message: Message, exc: Exception) -> None:
         self._bury(message, "invalid", exc)
         super().on_invalid_task(body, message, exc)
+
+    def _refuse(self, message: Message, error: Exception) -> None:
+        self.on_invalid_task(None, message, error)
+        headers = message.headers if isinstance(message.headers, dict) else {}
+        task_id, name = headers.get("id"), headers.get("task")
+        if not isinstance(task_id, str) or not isinstance(name, str):
+            return
+        refusal = InvalidTaskError(str(error))
+        request = Bunch(name=name, chord=None, root_id=None, errbacks=None, **_replies(message))
+        try:  # somebody may wait for it
+            self.app.backend.mark_as_failure(task_id, refusal, request=request)
+        except Exception:
+            logger.exception("the end of the refused task %s was not recorded", task_id)
 
     def _bury(self, message: Message, reason: str, error: Exception | None) -> bool:
         return _bury(self.app, message, reason, error)
@@ -233,6 +256,11 @@ def fail(request: Request, error: Exception) -> None:
         traceback=None, einfo=info,
     )  # fmt: skip
     request.send_event("task-failed", exception=repr(error), traceback="")
+
+
+def _replies(message: Message) -> dict[str, Any]:
+    names = ("correlation_id", "reply_to")
+    return {name: message.properties.get(name) for name in names}
 
 
 def _runs_here(field: str) -> bool:

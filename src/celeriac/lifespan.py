@@ -22,6 +22,10 @@ Lifespan = Callable[[Celery], AbstractAsyncContextManager[object]]
 
 _LEAVING = 10.0  # seconds; a client that does not close holds up no worker's end
 _MESSAGE = "the worker's lifespan failed: %s"
+_NEEDS_FORK = (
+    "the worker's lifespan cannot be entered in processes that are spawned: leave "
+    'worker_pool_start_method at "fork", or choose another worker_pool'
+)
 
 _given: WeakKeyDictionary[Celery, Lifespan] = WeakKeyDictionary()
 
@@ -95,6 +99,9 @@ def _of_worker(instance: Any, **_: Any) -> None:
     from celery.concurrency import prefork  # which only workers need
 
     if issubclass(instance.pool_cls, prefork.TaskPool):
+        if instance.pool_start_method != "fork":
+            logger.critical(_NEEDS_FORK)
+            raise SystemExit(EX_FAILURE)
         _of_children(app)
         return
     try:

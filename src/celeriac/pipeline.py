@@ -99,7 +99,7 @@ class Pipeline:
         self._links.add(link)
         # In an empty context: it would keep the first caller's for as long as it lives.
         link.task = self._loop.create_task(
-            self._run(link), name="celeriac-publish", context=Context()
+            self._run(link), name="celeriac-redis", context=Context()
         )
         return link
 
@@ -119,14 +119,14 @@ class Pipeline:
         try:
             await self._connect(connection)
             await until_first(
-                publish_write=self._write(connection, link),
-                publish_read=self._read(connection, link),
+                redis_write=self._write(connection, link),
+                redis_read=self._read(connection, link),
             )
         except (RedisError, OSError, TimeoutError) as error:
             cause = error
         except Exception as error:
             cause = error
-            logger.exception("publishing to Redis failed")
+            logger.exception("a connection to Redis failed")
         finally:
             self._drop(link, cause)
             with suppress(RedisError, OSError):
@@ -234,7 +234,7 @@ class Pipeline:
         self._timer = None
         for call in self._waiting:
             if call.deadline <= now:
-                call.fail("the broker was silent until the deadline", None, written=False)
+                call.fail("Redis was silent until the deadline", None, written=False)
         self._waiting = deque(call for call in self._waiting if not call.answer.done())
         for link in list(self._links):
             self._expire_owed(link, now)
@@ -245,7 +245,7 @@ class Pipeline:
     def _expire_owed(self, link: _Link, now: float) -> None:
         late = [call for call in link.owed if call.deadline <= now and not call.answer.done()]
         for call in late:
-            call.fail("the broker did not answer until the deadline", None, written=True)
+            call.fail("Redis did not answer until the deadline", None, written=True)
         if late:
             link.retired = True
             if self._link is link:

@@ -19,15 +19,13 @@ from celery.backends.rpc import RPCBackend
 from kombu.connection import Connection
 from kombu.messaging import Producer
 from kombu.transport import redis as kombu_redis
-from kombu.utils.json import JSONEncoder
 from redis.asyncio.connection import AbstractConnection
 
-from celeriac import bridge, store
+from celeriac import bridge, serialization, store
 from celeriac.pipeline import Command, Pipeline
 from celeriac.registry import Registry
 
 deadline: ContextVar[float] = ContextVar("celeriac_publish_deadline")  # in the loop's time
-_encode = JSONEncoder().encode  # kombu's `dumps`, which makes an encoder for each message
 
 
 async def _reply(answer: asyncio.Future[Any]) -> Any:
@@ -89,7 +87,9 @@ class _Channel(kombu_redis.Channel):
         else:  # without redis-py's layers, which cost more than the command
             key = self._q_for_pri(queue, self._get_message_priority(message, reverse=False))
             client = self._create_client()
-            client.link.push(tuple(client._prefix_args(("LPUSH", key, _encode(message)))))
+            client.link.push(
+                tuple(client._prefix_args(("LPUSH", key, serialization.dumps(message))))
+            )
 
     def new_connection(self) -> AbstractConnection:
         """To this channel's server, for an event loop; not yet open."""

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from contextvars import Context
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import celery
@@ -21,12 +21,14 @@ from celery.utils import uuid
 from kombu.exceptions import OperationalError
 from redis.exceptions import ResponseError
 
-from celeriac import amqp, bridge, conf, producer, threads
+from celeriac import amqp, bridge, conf, producer, rabbitmq, threads
 from celeriac.errors import ConfigurationError, PublishError, PublishManyError
 
 TIMEOUT = 2.0  # seconds
 _LANES = 8  # of one `publish_many`, each with so many messages on their way at once:
 _BURST = 8  # as many are begun in one tick of the loop: others wait meanwhile
+
+T = TypeVar("T")
 
 _timeouts: WeakKeyDictionary[Celery, float] = WeakKeyDictionary()
 
@@ -93,6 +95,8 @@ async def asend_task(
 ) -> AsyncResult:
     """`app.send_task(name, …)`, for a task that is not defined here, without blocking the loop."""
     options["task_id"] = options.get("task_id") or uuid()
+    if options.get("countdown") or options.get("eta"):
+        options |= rabbitmq.delay(app, options)
     return await _publish(
         app, app.send_task, (name, args, kwargs), options, publish_timeout, eager=False
     )
@@ -166,13 +170,19 @@ def _nobody_waits(function: Callable[..., Any]) -> bool:
         function = owner._apply_async  # the task's
     return (
         not any(signal.receivers for signal in _SIGNALS)
-        and getattr(function, "__func__", None) in _OF_CELERY
+        and getattr(function, "__func__", None) in _only_publish
         and _state.get_current_worker_task() is None  # which keeps the results of what it sent
     )
 
 
 _SIGNALS = signals.before_task_publish, signals.after_task_publish, signals.task_sent
-_OF_CELERY = celery.Task.apply_async, Celery.send_task
+_only_publish: set[Any] = {celery.Task.apply_async, Celery.send_task}
+
+
+def only_publishes(function: T) -> T:
+    """Say of a method that nothing but the message comes of it, as of Celery's own."""
+    _only_publish.add(function)
+    return function
 
 
 @contextmanager

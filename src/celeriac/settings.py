@@ -70,6 +70,7 @@ class Settings(BaseSettings):
     worker_lease: float = Field(default=30.0, ge=1)  # seconds
     max_deliveries: int = Field(default=3, ge=1)
     beat_lease: float = Field(default=30.0, gt=0)  # seconds
+    max_message_size: int = Field(default=16 * 2**20, gt=0)  # bytes; a worker refuses more
 
     _given: frozenset[str] = PrivateAttr(default=frozenset())
     _undeclared: dict[str, tuple[Any, str]] = PrivateAttr(default_factory=dict)

@@ -10,7 +10,7 @@ from celery import Celery, _state
 from celery.result import AsyncResult
 from pydantic import BaseModel
 
-from celeriac import bridge, publish
+from celeriac import bridge, publish, rabbitmq
 
 
 def is_async(task: celery.Task) -> bool:
@@ -126,6 +126,13 @@ class Task(celery.Task):  # type: ignore[misc]
     def on_bound(cls, app: Celery) -> None:
         super().on_bound(app)
         cls.request_stack.__ident_func__ = bridge.stack_key
+
+    @publish.only_publishes
+    def apply_async(self, *args: Any, **options: Any) -> Any:
+        """Celery's, with delays of less than a second on quorum queues too."""
+        if options.get("countdown") or options.get("eta"):
+            options |= rabbitmq.delay(self.app, options)
+        return super().apply_async(*args, **options)
 
     async def adelay(self, /, *args: Any, **kwargs: Any) -> AsyncResult:
         """`delay` without blocking the event loop. Raises PublishError within the deadline."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from contextvars import Context, ContextVar
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 from weakref import WeakKeyDictionary, finalize
@@ -25,6 +26,7 @@ from kombu.exceptions import OperationalError, SerializationError
 from kombu.messaging import Producer
 from redis.exceptions import RedisError
 
+from celeriac import rabbitmq
 from celeriac.errors import PublishError
 
 _THREADS = 4
@@ -144,12 +146,17 @@ class _Producer(Producer):
         super().__init__(connection)
 
     def publish(self, body: Any, *args: Any, **options: Any) -> Any:
+        assert self._sender.job is not None
+        send = partial(self._publish_once, super().publish, body, *args, **options)
         with self._sender.broken_by_errors():
-            left = self._sender.connect()
-            assert self._sender.job is not None
-            self._sender.job.sending = True
-            options |= {"retry": False, "timeout": left, "confirm_timeout": left}
-            return super().publish(body, *args, **options)
+            return rabbitmq.publish(self._sender.job.app, self, send, options.get("exchange"))
+
+    def _publish_once(self, publish: Any, *args: Any, **options: Any) -> Any:
+        left = self._sender.connect()
+        assert self._sender.job is not None
+        self._sender.job.sending = True
+        options |= {"retry": False, "timeout": left, "confirm_timeout": left}
+        return publish(*args, **options)
 
 
 def _limit(connection: Connection, seconds: float) -> None:

@@ -23,10 +23,8 @@ from celery.worker import state as worker_state
 from kombu.connection import Connection
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
-from kombu.utils.encoding import bytes_to_str
-from kombu.utils.json import loads
 
-from celeriac import dead
+from celeriac import dead, serialization
 from celeriac.bell import Bell
 from celeriac.holdings import Holdings
 from celeriac.lease import Script
@@ -98,7 +96,7 @@ os.register_at_fork(after_in_child=_holdings.clear)  # what the parent holds is 
 
 def _loads(raw: bytes) -> dict[str, Any]:
     """A message. Thousands may be held at once: they share the names of their headers."""
-    message: dict[str, Any] = loads(bytes_to_str(raw))
+    message: dict[str, Any] = serialization.loads(raw)
     for part in message.keys() & {"headers", "properties"}:
         message[part] = {sys.intern(name): value for name, value in message[part].items()}
     return message

@@ -195,26 +195,24 @@ def test_the_websocket_form_posts_once_and_never_polls(page: Page, system: Syste
     expect(page.locator("#history time")).to_have_count(len(history(page)))
 
 
-def test_a_task_page_follows_any_task_and_shows_its_result(page: Page, client: Celery) -> None:
+def test_a_task_page_follows_any_task_and_shows_its_result(page: Page, system: System) -> None:
     page.goto("/")
     task_id = str(uuid4())
     page.get_by_label("Task id").fill(f" {task_id} ")
     page.get_by_role("button", name="Show the task").click()
     expect(page.locator("#state")).to_have_attribute("data-state", "PENDING")
-    client.send_task("project.users.tasks.divide", (1, 2), task_id=task_id, queue="default")
+    system.send("project.users.tasks.divide", 1, 2, task_id=task_id)
     expect_end(page, "SUCCESS", "Done")
     expect(page.locator("#result")).to_have_text("0.5")
 
 
-def test_markup_in_an_error_or_a_result_is_shown_as_text(
-    page: Page, system: System, client: Celery
-) -> None:
-    failed = client.send_task("project.users.tasks.divide", (), {MARKUP: 1}, queue="default")
-    page.goto(f"/task/{failed.id}/")
+def test_markup_in_an_error_or_a_result_is_shown_as_text(page: Page, system: System) -> None:
+    failed = system.send("project.users.tasks.divide", kwargs={MARKUP: 1})
+    page.goto(f"/task/{failed}/")
     expect_end(page, "FAILURE", re.compile(re.escape(MARKUP)))
     expect_no_markup(page)
-    done = client.send_task("project.users.tasks.subscribe_to_list", (MARKUP,), queue="default")
-    page.goto(f"/task/{done.id}/")
+    done = system.send("project.users.tasks.subscribe_to_list", MARKUP)
+    page.goto(f"/task/{done}/")
     expect_end(page, "SUCCESS", f"Done: {MARKUP} is on the list")
     expect_no_markup(page)
     page.route(
@@ -379,10 +377,10 @@ def test_a_form_is_sent_with_the_keyboard_alone(page: Page) -> None:
     expect(button).to_be_focused()
 
 
-def test_no_page_is_wider_than_a_small_phone(page: Page, client: Celery) -> None:
+def test_no_page_is_wider_than_a_small_phone(page: Page, system: System) -> None:
     page.set_viewport_size({"width": 320, "height": 640})
-    long = client.send_task("project.users.tasks.divide", (), {"x" * 300: 1}, queue="default")
-    for path in (*PAGES, f"/task/{long.id}/"):
+    long = system.send("project.users.tasks.divide", kwargs={"x" * 300: 1})
+    for path in (*PAGES, f"/task/{long}/"):
         page.goto(path)
         if "task" in path:
             expect(page.locator("#state")).not_to_have_attribute("data-state", "")

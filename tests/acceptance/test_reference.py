@@ -227,7 +227,8 @@ def test_p29_p31_the_worker_lists_the_tasks_and_the_queues(system: System) -> No
     for name in ("project.users.tasks.divide", "high_priority:subscribe_now"):
         system.runner.wait_for(rf"\. {re.escape(name)}$")
     for queue in ("default", "high_priority", "low_priority"):
-        system.runner.wait_for(rf"\.> {queue} +exchange={queue}\(direct\) key={queue}")
+        exchange = r"celeriac\(topic\)" if system.on_rabbitmq else rf"{queue}\(direct\)"
+        system.runner.wait_for(rf"\.> {queue} +exchange={exchange} key={queue}")
 
 
 def test_p16_flower_lists_every_task_failed_ones_included(system: System) -> None:

@@ -1,5 +1,6 @@
 """What every worker process opens before its first task and closes after its last."""
 
+import json
 import signal
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -43,6 +44,17 @@ def test_a_lifespan_that_fails_ends_the_worker_with_its_reason(pool: str, valkey
         assert worker.process.wait(timeout=30) not in (0, -signal.SIGKILL)
         worker.process.wait_for(r"CRITICAL.*lifespan failed: RuntimeError\('no database here'\)")
         assert " ready." not in worker.process.output or pool == "prefork"
+    finally:
+        worker.close()
+
+
+def test_processes_that_are_spawned_are_refused_at_start(valkey: Valkey) -> None:
+    conf = json.dumps({"worker_pool_start_method": "spawn"})
+    urls = valkey.celery_url, valkey.celery_url
+    worker = Worker("pool_app", "prefork", *urls, LIFESPAN="1", CONF=conf)
+    try:
+        assert worker.process.wait(timeout=30) == 1
+        worker.process.wait_for(r'CRITICAL.*leave worker_pool_start_method at "fork"')
     finally:
         worker.close()
 

@@ -15,7 +15,7 @@ import pytest
 from celery import Celery, states
 from redis import Redis
 
-from celeriac import ConfigurationError, adopt
+from celeriac import ConfigurationError, adelay, adopt
 from celeriac.embedded import Valkey
 from celeriac.errors import ServiceError
 from celeriac.status import Reader, Status
@@ -315,6 +315,7 @@ def test_a_status_store_that_is_no_redis_or_the_backend_itself_is_not_used(
 
 async def test_sending_a_task_subscribes_to_nothing(app: Celery, redis_server: str) -> None:
     kept = [app.send_task("nobody") for _ in range(20)]
+    kept += [await adelay(app.signature("nobody")) for _ in range(20)]
     with Redis.from_url(redis_url(redis_server)) as client:
         assert client.pubsub_channels("celery-task-meta-*") == []
     del kept

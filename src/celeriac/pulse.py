@@ -18,7 +18,10 @@ logger = logging.getLogger(__name__)
 
 _LOOK_EVERY = 3.0
 _LOOKS = 3  # in a row that find messages waiting, and none taken
-_TIMEOUT = 2.0
+_LIMITS = {  # by kombu's names of drivers: no broker is waited for any longer
+    "redis": {"socket_timeout": 2.0, "socket_connect_timeout": 2.0},
+    "amqp": {"read_timeout": 2.0, "write_timeout": 2.0},
+}
 
 
 class Pulse(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -130,6 +133,7 @@ class _Look:
         self._worker = worker
         self._idle = 0
         self._seen: tuple[int, int] | None = None
+        self._connection: Any = None
         # A thread of its own: a broker may not answer for long, and the report must go on.
         threading.Thread(target=self._turn, name="celeriac-health-look", daemon=True).start()
 
@@ -139,7 +143,9 @@ class _Look:
             try:
                 self.found = self._look()
             except Exception as error:
+                self._disconnect()
                 self.found = f"the broker does not answer: {error}"
+        self._disconnect()
 
     def _look(self) -> str:
         consumer = self._worker.consumer
@@ -153,19 +159,29 @@ class _Look:
         return f"messages wait in {waiting} and it takes none" if self._idle >= _LOOKS else ""
 
     def _waiting(self, consumer: Any) -> str:
-        limits = {
-            "redis": {"socket_timeout": _TIMEOUT, "socket_connect_timeout": _TIMEOUT},
-            "amqp": {"read_timeout": _TIMEOUT, "write_timeout": _TIMEOUT},
-        }
-        driver = consumer.connection.transport.driver_type
-        options = limits.get(driver, {}) | (consumer.app.conf.broker_transport_options or {})
-        with consumer.app.connection_for_read(transport_options=options) as connection:
-            for queue in list(consumer.task_consumer.queues):
-                # An error closes a channel; on Redis there is no queue without a message.
-                with connection.channel() as channel, suppress(ChannelError):
-                    if channel.queue_declare(queue.name, passive=True).message_count:
-                        return str(queue.name)
+        try:
+            return self._ask(consumer)
+        except Exception:  # the connection was idle for long; a new one, or the broker is away
+            self._disconnect()
+            return self._ask(consumer)
+
+    def _ask(self, consumer: Any) -> str:
+        if self._connection is None:
+            driver = consumer.connection.transport.driver_type
+            options = _LIMITS.get(driver, {}) | (consumer.app.conf.broker_transport_options or {})
+            self._connection = consumer.app.connection_for_read(transport_options=options)
+        for queue in list(consumer.task_consumer.queues):
+            # An error closes a channel; on Redis there is no queue without a message.
+            with self._connection.channel() as channel, suppress(ChannelError):
+                if channel.queue_declare(queue.name, passive=True).message_count:
+                    return str(queue.name)
         return ""
+
+    def _disconnect(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            with suppress(Exception):
+                connection.release()
 
 
 def _has_room(consumer: Any) -> bool:

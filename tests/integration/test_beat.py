@@ -1,7 +1,6 @@
 """Beats in real processes: one tick is one message, whatever becomes of the beats and of Redis."""
 
 import json
-import os
 import re
 import signal
 import time
@@ -11,9 +10,12 @@ from datetime import UTC, datetime, timedelta
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
+import psutil
 import pytest
 from celery import Celery
+from kombu.exceptions import ChannelError
 from redis import Redis
 
 from celeriac.embedded import Valkey
@@ -63,12 +65,18 @@ class Beats:
         return [leader, standby]
 
     def sent(self) -> list[Sent]:
-        while (message := take(self.client)) is not None:
+        while (message := self._take()) is not None:
             pid, at, *_ = message.decode()[0]
             headers = message.headers
             assert headers["celery_beat_task"] is True
             self._sent.append(Sent(headers["task"], headers["id"], pid, at))
         return self._sent
+
+    def _take(self) -> Any:
+        try:
+            return take(self.client)
+        except ChannelError:  # the first beat that sends makes the queue
+            return None
 
     def wait_for(self, number: int, *, pid: int | None = None, timeout: float = 15.0) -> list[Sent]:
         """All that were sent, once there are `number` of them, counted from here, from `pid`."""
@@ -115,7 +123,7 @@ def elsewhere(tmp_path: Path) -> Iterator[Valkey]:
 @pytest.fixture(params=["redis", "elsewhere", *wanted("rabbitmq", "TEST_AMQP_URL")])
 def beats(request: pytest.FixtureRequest, tmp_path: Path, server: Valkey) -> Iterator[Beats]:
     """Whose broker holds the lease too, or does not."""
-    conf = json.dumps({"task_default_queue": f"beat-{os.getpid()}"})
+    conf = json.dumps({"task_default_queue": f"beat-{uuid4()}"})
     match request.param:
         case "redis":
             broker = server.celery_url
@@ -124,12 +132,11 @@ def beats(request: pytest.FixtureRequest, tmp_path: Path, server: Valkey) -> Ite
         case _:
             broker = given("TEST_AMQP_URL")
     running = Beats(tmp_path, broker, server, CONF=conf)
-    with running.client.connection() as connection:
-        queue = running.client.amqp.queues[f"beat-{os.getpid()}"](connection.default_channel)
-        queue.declare()
-        yield running
-        running.close()
-        queue.delete()
+    yield running
+    running.close()
+    if request.param == "rabbitmq":
+        with running.client.connection() as connection:
+            connection.default_channel.queue_delete(running.client.conf.task_default_queue)
 
 
 @pytest.fixture
@@ -275,12 +282,16 @@ def test_a_tick_whose_sending_fails_is_sent_later(
 ) -> None:
     """The broker is away; who leads is known."""
     beats = Beats(tmp_path, elsewhere.celery_url, server)
-    soon = datetime.now(UTC) - timedelta(hours=1) + timedelta(seconds=4)
-    beats.write(hourly={"last": soon.isoformat()})
+    long_ago = (datetime.now(UTC) - timedelta(hours=2)).isoformat()
+    beats.write(hourly={"last": long_ago})
+    flag = tmp_path / "pause"
+    flag.touch()
     try:
-        beat = beats.start({"hourly": HOURLY})
-        beat.wait_for("beat: leading")
+        beat = beats.start({"hourly": HOURLY | {"pauses": True}}, PAUSE=str(flag), LEASE="60")
+        stopped = psutil.STATUS_STOPPED
+        eventually(lambda: psutil.Process(beat.pid).status() == stopped, what="a beat that stops")
         elsewhere.stop()
+        beat.signal(signal.SIGCONT)
         beat.wait_for("Message Error: Couldn't apply scheduled task hourly")
         elsewhere.start()
         (sent,) = beats.wait_for(1)

@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 
 from celeriac.embedded import Valkey
-from support import Process, clean_environment, empty_redis, eventually, free_port, python
+from support import (
+    Process,
+    clean_environment,
+    empty_redis,
+    eventually,
+    free_port,
+    given,
+    python,
+    wanted,
+)
 from workers import APPS, POOLS, Worker
 
 CELERIAC = Path(sys.executable).with_name("celeriac")
@@ -117,7 +126,7 @@ def test_a_solo_worker_lives_while_its_task_holds_the_main_loop(
         probe.becomes(0, "is ready", "worker", "--ready")
         running.send("work", 60.0)
         running.process.wait_for(r"Task health_app.work\[\S+ received")
-        report = next(probe.folder.iterdir())
+        report = next(probe.folder.glob("worker-*.json"))
         first = json.loads(report.read_text())["written"]
         eventually(lambda: json.loads(report.read_text())["written"] > first + 7, 20)
         assert probe("worker", "--within", "5")[0] == 0
@@ -162,12 +171,27 @@ def test_a_worker_that_takes_nothing_while_messages_wait_is_not_ready(
         assert probe("worker")[0] == 0
 
 
+@pytest.mark.parametrize("broker", ["embedded", *wanted("rabbitmq", "TEST_AMQP_URL")])
+def test_a_worker_that_idles_stays_ready(broker: str, valkey: Valkey, probe: Probe) -> None:
+    """The broker is asked what waits, many times over."""
+    url = valkey.celery_url if broker == "embedded" else given("TEST_AMQP_URL")
+    empty_redis(valkey.celery_url)
+    with Worker("health_app", "celeriac", url, valkey.celery_url, **probe.env) as running:
+        probe.becomes(0, "is ready", "worker", "--ready")
+        report = next(probe.folder.glob("worker-*.json"))
+        first = json.loads(report.read_text())
+        eventually(lambda: json.loads(report.read_text())["written"] > first["written"] + 13, 20)
+        assert json.loads(report.read_text())["since"] == first["since"]
+        running.control("cancel_consumer", queue=running.queue)
+        probe.becomes(1, "is not ready: it consumes no queue", "worker", "--ready")
+
+
 def test_a_worker_that_is_busy_is_ready_however_much_waits(valkey: Valkey, probe: Probe) -> None:
     empty_redis(valkey.celery_url)
     with Worker("health_app", "prefork", *[valkey.celery_url] * 2, "-c1", **probe.env) as running:
         for _ in range(20):
             running.send("work", 14.0)
-        report = next(probe.folder.iterdir())
+        report = next(probe.folder.glob("worker-*.json"))
         first = json.loads(report.read_text())["written"]
         eventually(lambda: json.loads(report.read_text())["written"] > first + 12, 20)
         assert probe("worker", "--ready")[0] == 0

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 from billiard.einfo import ExceptionInfo
 from celery import Celery, Task, signals
@@ -287,7 +287,7 @@ def keep_exhausted(app: Celery) -> None:
     signals.task_failure.connect(_exhausted, dispatch_uid=f"{__name__}.exhausted")
 
 
-_keeps: set[Celery] = set()
+_keeps: WeakSet[Celery] = WeakSet()
 
 
 def _exhausted(sender: Task, task_id: str, exception: Exception, **_: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 from billiard.einfo import ExceptionInfo
-from celery import Celery, Task, signals
+from celery import Celery, Task, signals, states
 from celery.exceptions import InvalidTaskError
 from celery.utils.objects import Bunch
 from celery.worker import state as worker_state
@@ -49,6 +49,7 @@ class _Delivery:
     reject: Callable[..., Any]
     callbacks: Iterable[Any]
     waits: bool = False  # and does not count for the prefetch limit
+    contended: bool = False  # a run of it was seen that had not ended
 
     @property
     def field(self) -> str:
@@ -159,9 +160,10 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
             logger.warning("whether %s runs elsewhere is not known: %s", field, error)
             return self._wait(delivery)
         if alive or _runs_here(field):
+            delivery.contended = True
             return self._wait(delivery)
         if record is None:
-            return self._run(delivery)
+            return self._drop(delivery) if self._has_ended(delivery) else self._run(delivery)
         if record.starts >= max_deliveries.get(self.app, MAX_DELIVERIES):
             return self._end(delivery, record.starts)
         if self._alone is None:
@@ -169,6 +171,18 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         self._let_others_by(delivery)
         self._suspects.append(delivery)
         return None
+
+    def _has_ended(self, delivery: _Delivery) -> bool:
+        """Whether the run that was waited for came to an end, and only its acknowledgement not."""
+        if not delivery.contended or delivery.task.backend is None:
+            return False
+        state = delivery.task.backend.get_state(delivery.message.headers["id"])
+        return state in states.READY_STATES or state == states.RETRY
+
+    def _drop(self, delivery: _Delivery) -> None:
+        logger.info("task %s has ended since it came again", delivery.field)
+        self._go_on(delivery)
+        delivery.ack(logger, self.connection_errors)
 
     def _wait(self, delivery: _Delivery) -> None:
         self._let_others_by(delivery)

@@ -25,11 +25,11 @@ _REQUEUE = Script("""
 local held, unacked, index, gone = unpack(KEYS)
 if ARGV[1] ~= '' and not redis.call('ZSCORE', gone, ARGV[1]) then return -1 end
 local requeued = 0
-for i = 2, #ARGV, 2 do
+for i = 3, #ARGV, 2 do
   local list = redis.call('HGET', held, ARGV[i])
   if list then
     if redis.call('HEXISTS', unacked, ARGV[i]) == 1 then
-      redis.call('RPUSH', list, ARGV[i + 1])
+      redis.call(ARGV[2], list, ARGV[i + 1])
       requeued = requeued + 1
     end
     redis.call('HDEL', unacked, ARGV[i])
@@ -106,12 +106,14 @@ class Holdings:
                 "worker %s is gone: %d of its messages are queued again", holder, requeued
             )
 
-    def give_back(self, client: redis.Redis, tags: list[str]) -> None:
-        """Put messages back at the heads of their queues, those that are still ours."""
-        self._requeue(client, self.held, tags)
+    def give_back(self, client: redis.Redis, tags: list[str], *, last: bool = False) -> None:
+        """Put messages, those that are still ours, back at the heads of their queues, or `last`."""
+        self._requeue(client, self.held, tags, push="LPUSH" if last else "RPUSH")
         self.mine.difference_update(tags)
 
-    def _requeue(self, client: redis.Redis, held: str, tags: list[str], gone: str = "") -> int:
+    def _requeue(
+        self, client: redis.Redis, held: str, tags: list[str], gone: str = "", push: str = "RPUSH"
+    ) -> int:
         assert self._lease is not None
         requeued = 0
         for first in range(0, len(tags), _AT_ONCE):
@@ -120,7 +122,7 @@ class Holdings:
             raw = [_redelivered(entry) if entry else b"" for entry in entries]
             arguments = [each for pair in zip(some, raw, strict=True) for each in pair]
             keys = [held, self.unacked, self.index, self._lease.keys[1]]
-            requeued += max(0, _REQUEUE.run(client, keys, gone, *arguments))
+            requeued += max(0, _REQUEUE.run(client, keys, gone, push, *arguments))
         return requeued
 
 

@@ -135,7 +135,7 @@ class QoS(kombu_redis.QoS):
             self.ack(delivery_tag)
         elif not self.channel.closed:
             if delivery_tag in self.channel.holdings.mine:
-                self.channel.give_back([delivery_tag])
+                self.channel.give_back([delivery_tag], last=True)
                 virtual.QoS.ack(self, delivery_tag)
             elif delivery_tag in self._delivered:
                 super().reject(delivery_tag, requeue=True)
@@ -268,13 +268,13 @@ class Channel(kombu_redis.Channel):
         self.give_back(_not_running(self.holdings.orphans))
         self.holdings.orphans.clear()
 
-    def give_back(self, tags: list[str]) -> None:
+    def give_back(self, tags: list[str], *, last: bool = False) -> None:
         if not self.holdings.leased:
             for tag in tags:
-                kombu_redis.QoS.restore_by_tag(self.qos, tag)
+                kombu_redis.QoS.restore_by_tag(self.qos, tag, leftmost=last)
             self.holdings.mine.difference_update(tags)
         elif tags:
-            self.holdings.give_back(self._create_client(), tags)
+            self.holdings.give_back(self._create_client(), tags, last=last)
 
     def _exchange(self, lists: list[str], wanted: int) -> list[Any]:
         holdings = self.holdings

@@ -66,6 +66,7 @@ class Holdings:
         self.acknowledged: deque[str] = deque()
         self.mine: set[str] = set()  # taken and not acknowledged
         self.orphans: set[str] = set()  # of those, what came over a connection that was lost
+        self.unsure = False  # whether the server may have us hold something else
         self.lost = False
         self._prefix, self.unacked, self.index = prefix, unacked, index
         self._touched, self._touch_every = monotonic(), visibility_timeout / 10
@@ -105,6 +106,11 @@ class Holdings:
             logger.warning(
                 "worker %s is gone: %d of its messages are queued again", holder, requeued
             )
+
+    def strays(self, client: redis.Redis) -> set[str]:
+        """Tags that the server has us hold, and that never arrived."""
+        held = {tag.decode() for tag in execute(client, "HKEYS", self.held)}
+        return held - self.mine - set(self.acknowledged)
 
     def give_back(self, client: redis.Redis, tags: list[str], *, last: bool = False) -> None:
         """Put messages, those that are still ours, back at the heads of their queues, or `last`."""

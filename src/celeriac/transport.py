@@ -80,6 +80,7 @@ for i = 1, lists do
     redis.call('RPOP', KEYS[i])
   end
 end
+found[#found + 1] = redis.call('HLEN', held)
 return found
 """
 )
@@ -147,6 +148,7 @@ class QoS(kombu_redis.QoS):
         if self.channel.connection.client is None:
             # The connection was lost, and kombu would fail to make another one here.
             self.channel.holdings.orphans.update(mine)
+            self.channel.holdings.unsure = True
             self._delivered.clear()
         else:
             self.channel.give_back(_not_running(mine))
@@ -218,8 +220,8 @@ class Channel(kombu_redis.Channel):
 
     def exchange(self) -> bool:
         """Write what was acknowledged, take what there is for us, and say whether that was any."""
-        if self.holdings.orphans:
-            self._give_back_orphans()
+        if self.holdings.unsure:
+            self._settle()
         wanted = 0
         idle = self._in_poll and not (self._watches and self.holdings.acknowledged)
         if self.active_queues and self._ours() and not idle and self.qos.can_consume():
@@ -263,10 +265,20 @@ class Channel(kombu_redis.Channel):
         client = self._create_client()
         dead.bury_raw(client, self.global_keyprefix, dead.id_of(raw), raw, **known)
 
-    def _give_back_orphans(self) -> None:
-        """Of a connection that was lost: what had not begun, and what had, goes on."""
-        self.give_back(_not_running(self.holdings.orphans))
-        self.holdings.orphans.clear()
+    def _settle(self) -> None:
+        """After a lost connection, or reply: keep what runs, give back what has not begun.
+
+        And what the server took for us in a step whose reply did not arrive.
+        """
+        holdings = self.holdings
+        strays = holdings.strays(self._create_client()) if holdings.leased else set()
+        if strays:
+            logger.warning(
+                "%d messages whose arrival was not heard of are queued again", len(strays)
+            )
+        self.give_back([*_not_running(holdings.orphans), *strays])
+        holdings.orphans.clear()
+        holdings.unsure = False
 
     def give_back(self, tags: list[str], *, last: bool = False) -> None:
         if not self.holdings.leased:
@@ -278,6 +290,7 @@ class Channel(kombu_redis.Channel):
 
     def _exchange(self, lists: list[str], wanted: int) -> list[Any]:
         holdings = self.holdings
+        found: list[Any]
         if holdings.lost:
             holdings.lost = False
             raise redis.ConnectionError("the lease ran out")
@@ -292,9 +305,15 @@ class Channel(kombu_redis.Channel):
             logger.error("Redis refuses to hand out messages: %s", error)
             self.refused_until = monotonic() + _PAUSE
             return []
+        except self.connection_errors:
+            holdings.unsure = True
+            raise
         for _ in tags:
             holdings.acknowledged.popleft()
-        return list(found)
+        *found, held = found
+        # More than we know of: the client asked twice, since a reply was lost.
+        holdings.unsure = held > len(holdings.mine) + len(holdings.acknowledged) + len(found) // 2
+        return found
 
     # An idle worker waits for the server to say that one of its lists has changed. kombu's BRPOP
     # takes a message, and whoever dies before it is recorded has lost it.

@@ -91,3 +91,18 @@ def test_a_worker_that_lost_its_lease_keeps_nothing_that_others_have(valkey: Val
             eventually(lambda: not first.notes.exists("unacked"), 30)
         again = first.send("wait", 0, "after")
         assert again.get(timeout=20) == "waited"
+
+
+def test_what_was_taken_in_a_step_whose_reply_was_lost_is_queued_again(valkey: Valkey) -> None:
+    with worker(valkey, "celeriac") as first:
+        first.send("wait", 0).get(timeout=20)
+        holder: Any = first.notes.zrange("celeriac:unacked:leases", 0, -1)[0]
+        message = '{"properties": {"delivery_info": {"exchange": "", "routing_key": ""}}}'
+        with first.notes.pipeline() as pipe:  # as the script leaves it
+            pipe.hset(f"celeriac:unacked:held:{holder.decode()}", "stray", "elsewhere")
+            pipe.hset("unacked", "stray", f'[{message}, "", ""]')
+            pipe.zadd("unacked_index", {"stray": 1e12})
+            pipe.execute()
+        assert first.send("wait", 0).get(timeout=20) == "waited"
+        eventually(lambda: first.notes.llen("elsewhere") == 1, 15)
+        assert not first.notes.exists("unacked")

@@ -32,7 +32,7 @@ from celeriac.registry import Registry
 
 logger = logging.getLogger(__name__)
 
-_SILENCE = 30.0  # seconds without an answer, or in a queue of many, after which a thread tries
+_SILENCE = 5.0  # seconds without an answer after which it is asked again, or a thread tries
 _KEEPER_TIMEOUT = 5.0  # seconds
 _STATUS_PAUSE = 5.0  # seconds without a status store that was away: each try may take two
 

@@ -90,7 +90,7 @@ def _of_rabbitmq(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = "quorum" if config.get("task_queue_max_priority") is None else "classic"
     return {
         # A host that is gone without a word is noticed, by either side, within two of them.
-        "broker_heartbeat": 10,
+        "broker_heartbeat": 4,
         "task_default_queue_type": kind,
         "task_create_missing_queue_type": kind,
     }

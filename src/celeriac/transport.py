@@ -197,6 +197,12 @@ class Channel(kombu_redis.Channel):
             )
         return _holdings[self._address]
 
+    def _connparams(self, asynchronous: bool = False) -> Any:
+        if self.connection is None or self.connection.client is None:
+            # kombu fails with an AttributeError here, which no retry of a publisher expects.
+            raise redis.ConnectionError("the channel was closed together with its connection")
+        return super()._connparams(asynchronous)
+
     def _own_client(self) -> redis.Redis:
         """A client of other threads, with connections of its own, that waits for nothing long."""
         pool = self._get_pool()

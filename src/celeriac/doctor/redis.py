@@ -20,8 +20,9 @@ def reachable(patient: Patient) -> Iterator[Finding]:
     for server in patient.redis_servers():
         answer = patient.client_of(server)
         if isinstance(answer, Exception):
+            reason = str(answer).partition(" : <")[0]  # the Sentinels that were asked, at length
             yield Finding(
-                Severity.ERROR, "reachable", f"{server.name} does not answer: {answer}",
+                Severity.ERROR, "reachable", f"{server.name} does not answer: {reason}",
                 _remedy(answer),
             )  # fmt: skip
 
@@ -36,6 +37,8 @@ def _remedy(error: Exception) -> str:
         return "?ssl_ca_certs=… names who signed its certificate; redis:// is without TLS"
     if "name or service" in text or "resolution" in text or "nodename" in text:
         return "no such host: look at the name in its URL, and at the DNS here"
+    if "no master found" in text:
+        return "master_name in broker_transport_options, as the Sentinels know it; start those"
     return "start it, or put the right host and port into its URL"
 
 

@@ -220,9 +220,14 @@ def _one_line(error: ValidationError, configuration: str) -> str:
     return f"settings of {configuration}: {reasons}"
 
 
+def is_secret(name: str) -> bool:
+    """Whether a setting of this name holds what others must not read."""
+    return _SECRET_NAME.search(name) is not None
+
+
 def mask(name: str, value: Any) -> str:
     """`value` as text in which no password can be read."""
-    if value is not None and _SECRET_NAME.search(name):
+    if value is not None and is_secret(name):
         return "********"
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {mask(str(key), v)}" for key, v in value.items()) + "}"

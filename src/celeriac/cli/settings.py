@@ -1,14 +1,11 @@
 """`celeriac settings`: the effective value and the source of every setting."""
 
-import sys
-from pathlib import Path
-
 import click
 from celery import Celery
-from celery.utils.imports import symbol_by_name
 
 from celeriac.app import settings_of
-from celeriac.errors import ConfigurationError, exit_on_error
+from celeriac.cli.apps import load
+from celeriac.errors import exit_on_error
 from celeriac.settings import mask
 
 
@@ -16,13 +13,8 @@ from celeriac.settings import mask
 @click.option("--celery", "path", default="main.celery", show_default=True, help="The Celery app.")
 def settings(path: str) -> None:
     """Print every setting: its effective value, secrets masked, and where it comes from."""
-    sys.path.insert(0, str(Path.cwd()))
     with exit_on_error():
-        try:
-            celery = symbol_by_name(path)
-        except (ImportError, AttributeError) as error:
-            raise ConfigurationError(f"no Celery app {path}: {error}; see --celery") from None
-        rows = _rows(celery)
+        rows = _rows(load(path))
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     for name, value, source in rows:
         click.echo(f"{name:{widths[0]}}  {value:{min(widths[1], 60)}}  {source}")

@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from celery.app.defaults import DEFAULTS
+from celery.concurrency import get_implementation, solo
+from celery.signals import worker_init
 from kombu.entity import Exchange, Queue
 
 from celeriac import rabbitmq
 
+HEARTBEAT = 4.0  # seconds
 SERVER_TIMEOUT = 2.0  # seconds; Celery's own defaults wait 20 s, or for ever
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL, of Docker; Kubernetes gives 30
 _DAY = 86400.0
@@ -90,10 +94,19 @@ def _of_rabbitmq(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = "quorum" if config.get("task_queue_max_priority") is None else "classic"
     return {
         # A host that is gone without a word is noticed, by either side, within two of them.
-        "broker_heartbeat": 4,
+        "broker_heartbeat": HEARTBEAT,
         "task_default_queue_type": kind,
         "task_create_missing_queue_type": kind,
     }
+
+
+@worker_init.connect  # type: ignore[untyped-decorator]
+def _beat_slowly_where_tasks_block(sender: Any, **_: Any) -> None:
+    """In the solo pool nothing beats while a task runs: RabbitMQ would take it for dead."""
+    config = sender.app.conf
+    ours = config.broker_heartbeat is HEARTBEAT  # and nobody's on purpose
+    if ours and get_implementation(sender.pool_cls) is solo.TaskPool:
+        config.broker_heartbeat = DEFAULTS["broker_heartbeat"]
 
 
 def has_quorum_queues(config: Mapping[str, Any]) -> bool:

@@ -39,11 +39,12 @@ from celeriac import delivery, ending, lease, runs
 
 logger = logging.getLogger(__name__)
 
-_AFTERWARDS = 2.0  # seconds from the end of the grace period to that of the process
+_AFTERWARDS = 1.8  # seconds from the end of the grace period to that of the process
 _PATIENCE = 1.0  # of these, for bodies that are cut off to clean up
-_RELEASE = 0.5  # of these, for the least where the rest did not fit
+_FOR_OTHERS = 0.5  # of these, for the least where the rest did not fit
 _SILENCE = 1.0  # seconds in which a broker has to answer
 _LOOK_EVERY = 0.2
+_MOST_SIGNALS = 2  # of those after which what runs is cut off; one more ends the process at once
 
 
 class Shutdown(bootsteps.StartStopStep):  # type: ignore[misc]
@@ -116,18 +117,19 @@ class Shutdown(bootsteps.StartStopStep):  # type: ignore[misc]
                 if not self._over:
                     signal.pthread_kill(self._main, signal.SIGQUIT)
         self._wake()
-        ends = time.monotonic() + _AFTERWARDS - _RELEASE
-        while self._cuts < 3 and (left := ends - time.monotonic()) > 0:
-            try:
-                self._news.get(timeout=left)
-            except Empty:
-                break
+        self._listen(_AFTERWARDS - _FOR_OTHERS)
         # No logging, whose lock the main thread may hold.
-        safe_say("worker: the shutdown takes too long, the rest is for others", sys.__stderr__)
-        others = threading.Thread(target=self._leave_to_others, daemon=True)
-        others.start()
-        others.join(_RELEASE)
-        os._exit(EX_FAILURE if self._cuts >= 3 else EX_OK)
+        safe_say("worker: the shutdown takes long", sys.__stderr__)
+        if not self._over:
+            threading.Thread(target=self._leave_to_others, daemon=True).start()
+        self._listen(_FOR_OTHERS)
+        os._exit(EX_FAILURE if self._cuts > _MOST_SIGNALS else EX_OK)
+
+    def _listen(self, seconds: float) -> None:
+        ends = time.monotonic() + seconds
+        while self._cuts <= _MOST_SIGNALS and (left := ends - time.monotonic()) > 0:
+            with suppress(Empty):
+                self._news.get(timeout=left)
 
     def _leave_to_others(self) -> None:
         known = runs.of(self._worker.app)

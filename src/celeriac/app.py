@@ -102,6 +102,7 @@ def adopt(
     delivery.max_deliveries[app] = max_deliveries
     delivery.keep_exhausted(app)
     publish.support(app, publish_timeout)
+    app.steps["worker"].add("celeriac.shutdown:Shutdown")
     _adopted.setdefault(app, None)
     if lifespan is not None:
         lifespans.keep(app, lifespan)

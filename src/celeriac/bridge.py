@@ -12,6 +12,7 @@ further and runs the tracer itself in such a greenlet.
 
 import asyncio
 import logging
+import os
 import sys
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from concurrent.futures import Future
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+PATIENCE = 5.0  # seconds for what was cancelled to clean up
 _BLOCKING_CALLS = 16  # at once, in threads
 
 # Whose request and current task Celery's stacks mean: those of the tracer, wherever the body runs.
@@ -207,11 +209,18 @@ class Hosted:
 async def _cancel(children: Children) -> None:
     """End what the body started and left, and say what went wrong in it."""
     left = {child for child in children if not child.done()}
+    if not left:
+        return
     for child in left:
         child.cancel()
-    for result in await asyncio.gather(*left, return_exceptions=True):
-        if isinstance(result, Exception):
-            logger.error("an asyncio task that a task had left behind failed", exc_info=result)
+    ended, stubborn = await asyncio.wait(left, timeout=PATIENCE)
+    for child in ended:
+        if not child.cancelled() and (error := child.exception()) is not None:
+            logger.error("an asyncio task that a task had left behind failed", exc_info=error)
+    for child in stubborn:
+        logger.error(
+            "%r was cancelled %g s ago and does not end: it is left behind", child, PATIENCE
+        )
 
 
 def _task_factory(
@@ -338,7 +347,7 @@ class _Waiting:
         self._context = context_of_tracer()
         self._context.run(_runs_direct_calls.set, False)
         self._hosted = Hosted(function, coroutine)
-        self.throw = self._hosted.throw
+        self.throw, self.stop = self._hosted.throw, self._hosted.stop
         self.outcome: Future[Any] = Future()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -355,21 +364,36 @@ class _Waiting:
             self.outcome.set_result(value)
 
 
+_awaited: set[_Waiting] = set()  # by threads
+os.register_at_fork(after_in_child=_awaited.clear)
+
+
 def _from_thread(function: Callable[..., T], coroutine: Coroutine[Any, Any, T]) -> T:
     _refuse_green_threads(coroutine)
     loop, waiting = _process.get(), _Waiting(function, coroutine)
     if asyncio._get_running_loop() is loop:  # it would wait for itself, and all tasks with it
         coroutine.close()
         raise LoopWouldWaitError
-    loop.call_soon_threadsafe(waiting.start, loop)
-    while True:
-        try:
-            result: T = waiting.outcome.result()
-            return result
-        except BaseException as error:
-            if waiting.outcome.done():
-                raise
-            loop.call_soon_threadsafe(waiting.throw, error)
+    _awaited.add(waiting)
+    try:
+        loop.call_soon_threadsafe(waiting.start, loop)
+        while True:
+            try:
+                result: T = waiting.outcome.result()
+                return result
+            except BaseException as error:
+                if waiting.outcome.done():
+                    raise
+                loop.call_soon_threadsafe(waiting.throw, error)
+    finally:
+        _awaited.discard(waiting)
+
+
+def cancel_awaited() -> None:
+    """Cancel the bodies that threads of this process wait for; their outcomes are dropped."""
+    loop = _process.get()
+    for waiting in tuple(_awaited):
+        loop.call_soon_threadsafe(waiting.stop)
 
 
 def _refuse_green_threads(coroutine: Coroutine[Any, Any, Any]) -> None:

@@ -64,6 +64,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         self._suspects: deque[_Delivery] = deque()
         self._alone: str | None = None  # the suspect that runs
         self._connected = 0
+        self._waiting: set[_Delivery] = set()
         super().__init__(*args, **options)
 
     def update_strategies(self) -> None:
@@ -93,7 +94,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
 
     def on_close(self) -> None:
         super().on_close()
-        self._suspects.clear()  # they come again, over another connection
+        self._suspects.clear()
+        self._waiting.clear()  # they come again, over another connection
         self._connected += 1
         if self._alone is not None and not _runs_here(self._alone):
             self._alone = None
@@ -194,14 +196,21 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
 
         self.timer.call_after(_LOOK_AGAIN, self.call_soon, (again,))
 
+    @property
+    def waiting(self) -> list[Message]:
+        """What came again and is not handed on yet."""
+        return [delivery.message for delivery in self._waiting]
+
     def _let_others_by(self, delivery: _Delivery) -> None:
         if not delivery.waits:
             delivery.waits = True
+            self._waiting.add(delivery)
             self.qos.increment_eventually()
 
     def _go_on(self, delivery: _Delivery) -> None:
         if delivery.waits:
             delivery.waits = False
+            self._waiting.discard(delivery)
             self.qos.decrement_eventually()
 
     def _run(self, delivery: _Delivery) -> None:
@@ -257,10 +266,15 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
 
 def fail(request: Request, error: Exception) -> None:
     """End a task that does not run, as Celery's worker ends one whose process it lost."""
-    task = request.task
-    task.backend.mark_as_failure(
+    request.task.backend.mark_as_failure(
         request.id, error, request=request._context, store_result=request.store_errors
     )
+    announce(request, error)
+
+
+def announce(request: Request, error: Exception) -> None:
+    """Tell of a failure that is stored."""
+    task = request.task
     try:
         raise error
     except type(error):

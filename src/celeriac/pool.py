@@ -38,7 +38,6 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CONCURRENCY = 100  # tasks at once where nobody says how many
 _MOST_THREADS = 100  # for synchronous bodies
-_PATIENCE = 5.0  # seconds for cancelled bodies to clean up, before the process ends without them
 _LOOK_EVERY = 0.5
 _TRACER_ARGUMENTS = 6  # task, id, request, body, content type, content encoding
 
@@ -81,6 +80,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
     """
 
     limit: int
+    patience = bridge.PATIENCE  # with cancelled bodies, before the process ends without them
     signal_safe = False
     body_can_be_buffer = True
 
@@ -247,7 +247,7 @@ class TaskPool(BasePool):  # type: ignore[misc]
         """Wait until what runs has ended; in a cold shutdown, what can still be ended."""
         self._state = self.CLOSE
         self.flush()
-        if worker_state.should_terminate:
+        if worker_state.should_terminate not in (None, False):  # it may be 0, an exit code
             self.on_terminate()
             return
         while self._running:
@@ -275,13 +275,18 @@ class TaskPool(BasePool):  # type: ignore[misc]
         for job in self._running:
             if job.is_async:
                 self._loop.call_soon_threadsafe(self._stop, job)
-        deadline = time.monotonic() + _PATIENCE
-        while any(job.is_async for job in self._running):
+        deadline = time.monotonic() + self.patience
+        while self.has_bodies:
             left = deadline - time.monotonic()
             if left <= 0:
                 break
             self._wait(left)
         self._threads.shutdown()
+
+    @property
+    def has_bodies(self) -> bool:
+        """Whether any runs on the loop; threads do not count."""
+        return any(job.is_async for job in self._running)
 
     def _get_info(self) -> dict[str, Any]:
         info: dict[str, Any] = super()._get_info()
@@ -348,12 +353,12 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def _stop(self, job: Job) -> bool:
         if stopped := job.hosted.stop():
-            self._loop.call_later(_PATIENCE, self._tell_of_stubborn, job)
+            self._loop.call_later(bridge.PATIENCE, self._tell_of_stubborn, job)
         return stopped
 
     def _tell_of_stubborn(self, job: Job) -> None:
         if job.asyncio_task is not None and not job.asyncio_task.done():
-            logger.error("%s was cancelled %g s ago and does not end", job.name, _PATIENCE)
+            logger.error("%s was cancelled %g s ago and does not end", job.name, bridge.PATIENCE)
 
     def _out_of_soft_time(self, job: Job) -> None:
         if job.hosted.in_body and not job.hosted.stopped:

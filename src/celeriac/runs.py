@@ -78,13 +78,19 @@ _REPLACE = Script(
     _STATUS
     + """
 if redis.call('HGET', KEYS[2], ARGV[1]) ~= ARGV[2] then return 0 end
-redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
+if ARGV[3] == '' then
+  redis.call('HDEL', KEYS[2], ARGV[1])
+else
+  redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
+end
 local old = status()
 if ARGV[4] ~= '' and old ~= '' and not ends[old] then store(ARGV[4], ARGV[5]) end
 return 1
 """
 )
 _DAY = 86400.0
+_LOST = "the worker of this task is gone"
+CUT_OFF = "the worker was shut down while this task ran"
 
 
 @dataclass(slots=True)
@@ -105,6 +111,7 @@ class Record:
     field: str
     starts: int  # without an end
     holder: str  # of the lease; "" where its worker is known to be gone
+    token: str  # of the one who began it
     began: float
     context: dict[str, Any] | None  # of a run that was acknowledged early
     raw: bytes
@@ -112,7 +119,7 @@ class Record:
     @classmethod
     def read(cls, field: str, raw: bytes) -> "Record":
         found = json.loads(raw)
-        return cls(field, found["n"], found["w"], found["t"], found.get("x"), raw)
+        return cls(field, found["n"], found["w"], found["k"], found["t"], found.get("x"), raw)
 
 
 _keepers: WeakKeyDictionary[Celery, "Runs"] = WeakKeyDictionary()
@@ -197,10 +204,38 @@ class Runs:
             elif not record.holder and time.time() - record.began > _DAY:
                 execute(self._client, "HDEL", self.key, record.field)
 
-    def _replace(self, record: Record, state: str = "", *, holder: str) -> Record | None:
-        """The record with another holder; None where it is not any more what it was."""
+    def give_up(self) -> set[str]:
+        """Of this worker's own runs, which end with it: write what becomes of them.
+
+        Those that were acknowledged early fail; their fields. The others wait again, and were
+        never started: their worker did not die of them.
+        """
+        failed = set()
+        for record in self.all():
+            if record.holder != self.holder or not record.token.startswith(f"{self.holder}."):
+                continue  # another's, which the keeper takes over just now
+            if record.context is not None:
+                self._fail(record, CUT_OFF)
+                failed.add(record.field)
+            elif record.starts > 1:
+                self._replace(record, states.PENDING, w="", n=record.starts - 1)
+            else:
+                self._replace(record, states.PENDING)
+        return failed
+
+    def over(self, field: str) -> bool:
+        """Whether the run of this field has ended, of which there is no record."""
+        task_id, retries, _ = field.rsplit(":", 2)
+        state = self._app.backend._get_task_meta_for(task_id)["status"]
+        return state in states.READY_STATES or (state == states.RETRY and retries == "0")
+
+    def _replace(self, record: Record, state: str = "", **changes: Any) -> Record | None:
+        """The record with `changes`; without any it is removed.
+
+        None where it is not any more what it was.
+        """
         task_id, _, _ = record.field.rsplit(":", 2)
-        changed = json.dumps(json.loads(record.raw) | {"w": holder})
+        changed = json.dumps(json.loads(record.raw) | changes) if changes else ""
         backend = self._app.backend
         keys = [backend.get_key_for_task(task_id), self.key]
         value = ""
@@ -210,34 +245,33 @@ class Runs:
         arguments = record.field, record.raw, changed, value, backend.expires or 0
         if not _REPLACE.run(self._client, keys, *arguments):
             return None
-        return Record.read(record.field, changed.encode())
+        return Record.read(record.field, changed.encode() or record.raw)
 
     def _return(self, record: Record) -> None:
         """Its message goes back to the queue, or is there: it waits again, and has not ended."""
-        if self._replace(record, states.PENDING, holder=""):
+        if self._replace(record, states.PENDING, w=""):
             logger.warning("task %s lost its worker and waits again", record.field)
 
-    def _fail(self, record: Record) -> None:
+    def _fail(self, record: Record, reason: str = _LOST) -> None:
         """Its message is gone: nobody else can say how it ended."""
-        ours = self._replace(record, holder=self.holder)  # if we die now, the next one goes on
+        ours = self._replace(record, w=self.holder)  # if we die now, the next one goes on
         if ours is None:
             return
         try:
-            self._report(ours)
+            self._report(ours, WorkerLostError(reason))
         except Exception:
-            self._replace(ours, holder=record.holder)  # so that it is found again
+            self._replace(ours, w=record.holder)  # so that it is found again
             raise
         execute(self._client, "HDEL", self.key, record.field)
 
-    def _report(self, record: Record) -> None:
+    def _report(self, record: Record, error: Exception) -> None:
         assert record.context is not None
         request, backend = Context(record.context), self._app.backend
-        logger.error("task %s lost its worker, which had acknowledged it", record.field)
+        logger.error("task %s was acknowledged early: %s", record.field, error)
         stored = backend._get_task_meta_for(request.id)
         if stored["status"] == states.SUCCESS:  # and what follows it was not sent
             backend.mark_as_done(request.id, stored["result"], request, store_result=False)
         else:
-            error = WorkerLostError("the worker of this task is gone")
             backend.mark_as_failure(request.id, error, request=request)
 
 

@@ -294,6 +294,15 @@ class Channel(kombu_redis.Channel):
         elif tags:
             self.holdings.give_back(self._create_client(), tags, last=last)
 
+    def requeue(self, tags: list[str]) -> None:
+        """Reject many at once, which were taken in this order."""
+        mine = [tag for tag in tags if tag in self.holdings.mine]
+        self.give_back(mine[::-1])
+        for tag in mine:
+            virtual.QoS.ack(self.qos, tag)
+        for tag in set(tags).difference(mine):  # which kombu's own step had taken
+            self.qos.reject(tag, requeue=True)
+
     def _exchange(self, lists: list[str], wanted: int) -> list[Any]:
         holdings = self.holdings
         found: list[Any]
@@ -350,11 +359,12 @@ class Channel(kombu_redis.Channel):
         return self._tracked is not False
 
     def _brpop_read(self, **options: Any) -> Any:
-        connection = self._in_poll
-        if not self._watches or not connection:
+        if not self._watches:
             return super()._brpop_read(**options)
+        # What it says while nobody waits, as when no queue is left, is no answer to a BRPOP.
+        connection, waited = self.client.connection, bool(self._in_poll)
         try:
-            while self._in_poll and connection.can_read(0):
+            while bool(self._in_poll) == waited and connection.can_read(0):
                 reply = connection.read_response(push_request=True)
                 # A number of lists that hold something, or that one has changed.
                 if reply == 0:

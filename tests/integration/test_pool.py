@@ -234,13 +234,13 @@ def test_a_cold_shutdown_does_not_wait_for_a_thread_that_blocks(servers: tuple[s
 def test_a_soft_shutdown_finishes_what_fits_and_gives_the_rest_back(
     servers: tuple[str, str],
 ) -> None:
-    conf = json.dumps(json.loads(LATE) | {"worker_soft_shutdown_timeout": 3})
+    conf = json.dumps(json.loads(LATE) | {"worker_soft_shutdown_timeout": 2})
     with Worker("pool_app", "celeriac", *servers, CONF=conf) as worker:
-        short, long = worker.send("wait", 1, "short"), worker.send("wait", 8, "long")
+        short, long = worker.send("wait", 1, "short"), worker.send("wait", 6, "long")
         worker.noted("short-started")
         worker.noted("long-started")
-        worker.process.signal(signal.SIGQUIT)
-        worker.process.wait()
+        worker.process.signal(signal.SIGTERM)
+        assert worker.process.wait() == 0
         assert short.get(timeout=1) == "waited"
         assert worker.noted("long-ended") == "CancelledError"
         with Worker("pool_app", "celeriac", *servers, "-Q", worker.queue, CONF=LATE):

@@ -135,3 +135,18 @@ def test_kombus_own_transport_can_be_chosen(valkey: Valkey) -> None:
     app.conf.broker_transport = "kombu.transport.redis:Transport"
     transport = app.connection_for_read().get_transport_cls()
     assert transport is KombuTransport
+
+
+def test_a_queue_that_is_given_up_says_no_more(valkey: Valkey) -> None:
+    empty_redis(valkey.celery_url)
+    urls = valkey.celery_url, valkey.celery_url
+    with Worker("pool_app", "celeriac", *urls) as worker:
+        assert worker.send("wait", 0, "before").get(timeout=10) == "waited"
+        for _ in range(3):
+            worker.control("cancel_consumer", queue=worker.queue)
+            late = worker.send("wait", 0, "after")  # which Redis tells whoever had looked
+            assert worker.control("ping") == {"ok": "pong"}
+            assert worker.notes.llen(worker.queue) == 1
+            worker.control("add_consumer", queue=worker.queue)
+            assert late.get(timeout=10) == "waited"
+        assert "Connection to broker lost" not in worker.process.output

@@ -5,6 +5,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -116,6 +117,33 @@ def test_a_cancelled_call_that_no_thread_has_begun_is_never_made(
 
     asyncio.run(main())
     assert seen == []
+
+
+def test_a_child_that_swallows_its_cancellation_holds_up_no_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(bridge, "PATIENCE", 0.05)
+    left: list[asyncio.Task[None]] = []
+
+    async def swallow() -> None:
+        for _ in range(3):
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(30)
+
+    async def body() -> str:
+        left.append(asyncio.create_task(swallow(), name="stubborn"))
+        await asyncio.sleep(0)
+        return "done"
+
+    assert bridge.run_body(body()) == "done"
+    assert "stubborn" in caplog.text
+
+    async def end() -> None:
+        while not left[0].done():
+            left[0].cancel()
+            await asyncio.sleep(0)
+
+    bridge.run(end())
 
 
 def test_stopped_before_its_body_a_call_never_starts_it() -> None:

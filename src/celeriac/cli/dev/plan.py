@@ -159,8 +159,8 @@ def _worker(name: str, node: str, celery: tuple[str, ...], alone: bool) -> Spec:
     return Spec(
         name=name,
         command=(*celery, "worker", "--loglevel=info", "-E", "-n", node + "{generation}@%h"),
-        # A user's value would cut running tasks at every reload.
-        env={"REMAP_SIGTERM": ""},
+        # A user's value, or the profile's, would cut running tasks at every reload.
+        env={"REMAP_SIGTERM": "", "CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT": "0"},
         # Anywhere in the line: the application may log JSON.
         says=rf"\b{node}(\.\d+)?@\S+ ready\.",
         reloads=True,

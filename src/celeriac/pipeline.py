@@ -10,7 +10,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from contextvars import Context
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError, ResponseError
 
+from celeriac.connections import disconnect
 from celeriac.errors import PublishError
 from celeriac.race import until_first
 
@@ -140,8 +140,7 @@ class Pipeline:
             logger.exception("a connection to Redis failed")
         finally:
             self._drop(link, cause)
-            with suppress(RedisError, OSError):
-                await connection.disconnect(nowait=True)
+            await disconnect(connection)
 
     async def _connect(self, connection: AbstractConnection) -> None:
         while True:
@@ -150,8 +149,7 @@ class Pipeline:
                     await connection.connect()  # type: ignore[no-untyped-call]
                 return
             except TimeoutError:
-                with suppress(RedisError, OSError):
-                    await connection.disconnect(nowait=True)
+                await disconnect(connection)
                 if all(call.answer.done() for call in self._waiting):
                     raise
 

@@ -20,6 +20,7 @@ from redis.asyncio.connection import AbstractConnection
 from redis.exceptions import RedisError, ResponseError
 
 from celeriac import store
+from celeriac.connections import disconnect
 from celeriac.errors import ServiceError
 from celeriac.race import until_first
 
@@ -246,7 +247,7 @@ class Reader:
             except Exception:
                 logger.exception("reading the status store failed; trying again in %g s", delay)
             finally:
-                await connection.disconnect(nowait=True)
+                await disconnect(connection)
             if self._answered:
                 delay = _BACKOFF[0]
             await asyncio.sleep(delay)

@@ -1,8 +1,11 @@
 """Redis behind TLS, with users and passwords, as broker, result backend and status store."""
 
 import asyncio
+import gc
 import shutil
+import signal
 import subprocess
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,8 +33,8 @@ def make_certificate(directory: Path) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The URL of a Redis that nobody reaches without TLS, a user's name and a password."""
+def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Process]]:
+    """A Redis, and its URL, that nobody reaches without TLS, a user's name and a password."""
     server = shutil.which("redis-server") or shutil.which("valkey-server")
     if server is None or shutil.which("openssl") is None:
         missing("redis-server and openssl")
@@ -47,13 +50,18 @@ def secure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     url += f"?ssl_cert_reqs=CERT_REQUIRED&ssl_ca_certs={certificate}"
     with Process([*command.split(), "--aclfile", users]) as process:
         process.wait_for("Ready to accept connections")
-        yield url
+        yield url, process
+
+
+@pytest.fixture
+def url(secure: tuple[str, Process]) -> str:
+    return secure[0]
 
 
 @pytest.mark.parametrize("pool", ["prefork", "celeriac"])
-def test_publish_run_and_watch_over_tls_as_a_user(secure: str, pool: str) -> None:
+def test_publish_run_and_watch_over_tls_as_a_user(url: str, pool: str) -> None:
     own = {"worker_pool": "celeriac.pool:TaskPool"} if pool == "celeriac" else {}
-    client = Profiled(secure, secure, **own)
+    client = Profiled(url, url, **own)
     note = client.app.signature("profile_app.note", ("one",))
 
     async def publish_and_watch() -> float:
@@ -76,10 +84,10 @@ def test_publish_run_and_watch_over_tls_as_a_user(secure: str, pool: str) -> Non
     client.close()
 
 
-def test_a_wrong_password_or_a_strange_certificate_is_an_error_at_once(secure: str) -> None:
-    for url in (secure.replace(QUOTED, "mistaken"), secure.partition("&ssl_ca_certs")[0]):
-        client = Profiled(url, secure)
-        with pytest.raises(RedisError), Redis.from_url(redis_url(url)) as direct:
+def test_a_wrong_password_or_a_strange_certificate_is_an_error_at_once(url: str) -> None:
+    for wrong in (url.replace(QUOTED, "mistaken"), url.partition("&ssl_ca_certs")[0]):
+        client = Profiled(wrong, url)
+        with pytest.raises(RedisError), Redis.from_url(redis_url(wrong)) as direct:
             direct.ping()
         with pytest.raises(PublishError):
             asyncio.run(adelay(client.app.signature("profile_app.note", ("one",))))
@@ -89,3 +97,24 @@ def test_a_wrong_password_or_a_strange_certificate_is_an_error_at_once(secure: s
             assert "Traceback" not in worker.output
             assert "mistaken" not in worker.output
         client.close()
+
+
+def test_a_server_that_says_no_goodbye_leaves_no_socket_open(secure: tuple[str, Process]) -> None:
+    url, server = secure
+    client = Profiled(url, url)
+
+    async def publish_and_watch() -> None:
+        result = await adelay(client.app.signature("profile_app.note", ("one",)))
+        async with Reader(client.app) as reader, reader.follow(result.id) as states:
+            await anext(aiter(states))
+            server.signal(signal.SIGSTOP)  # TLS says goodbye, and waits for the other's
+
+    try:
+        asyncio.run(publish_and_watch())
+    finally:
+        server.signal(signal.SIGCONT)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gc.collect()
+    assert [str(each.message) for each in caught] == []
+    client.close()

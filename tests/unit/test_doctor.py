@@ -112,12 +112,14 @@ def test_the_visibility_timeout_of_kombus_transport() -> None:
     for app in (ours(), adopt(plain())):
         add_task(app, time_limit=4000)
         assert found(configuration.visibility, app) == []  # renewed by a lease
-    app = plain()
+    app = plain(task_time_limit=10)
     add_task(app, time_limit=4000)
     assert found(configuration.visibility, app) == [ERROR]
-    app = plain(broker_transport_options={"visibility_timeout": 5000})
+    options: dict[str, Any] = {"broker_transport_options": {"visibility_timeout": 5000}}
+    app = plain(task_time_limit=10, **options)
     add_task(app, time_limit=4000)
     assert found(configuration.visibility, app) == []
+    app = plain(**options)
     add_task(app, "endless")
     assert found(configuration.visibility, app) == [WARNING]
     app = ours(broker_transport="kombu.transport.redis:Transport", task_time_limit=60)
@@ -132,13 +134,13 @@ def test_the_longest_run_and_wait() -> None:
     app = plain(task_time_limit=100)
     add_task(app, "short", time_limit=5, default_retry_delay=7)
     add_task(app, "long", max_retries=0)
-    add_task(app, "backoff", retry_backoff=True, retry_backoff_max=50)
+    add_task(app, "backoff", retry_backoff=True, retry_backoff_max=500)
     with Patient(app, None, None) as patient:
         run, wait = durations.longest_run(patient), durations.longest_wait(patient)
         assert run is not None
         assert run.seconds == 100
         assert wait is not None
-        assert wait.seconds == 50
+        assert wait.seconds == 500
         assert durations.unlimited(patient) == []
 
 

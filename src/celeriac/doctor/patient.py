@@ -182,7 +182,7 @@ class Patient:
         if not self.broker_answers:
             return None
         with self.app.connection_for_write() as connection:
-            inspect = self.app.control.inspect(timeout=1.0, connection=connection)
+            inspect = self.app.control.inspect(timeout=TIMEOUT, connection=connection)
             answers = inspect.active_queues() or {}
         return {node: {each["name"] for each in queues} for node, queues in answers.items()}
 

@@ -197,7 +197,7 @@ def create_celery(
     app.conf.update(_without_environment(config))
     if profile.has_quorum_queues(config):
         app.amqp_cls = amqp.QuorumAMQP
-        app.steps["consumer"].add(rabbitmq.DeadLetters)
+        app.steps["consumer"] |= {rabbitmq.DeadLetters, "celeriac.deadqueue:DeadQueue"}
     adopted = adopt(
         app,
         status_store=settings.ws_message_queue,

@@ -27,6 +27,7 @@ from celeriac import (
     amqp,
     backend,
     bridge,
+    burial,
     delivery,
     messages,
     profile,
@@ -100,7 +101,7 @@ def adopt(
         raise ConfigurationError(f"max_deliveries: expected at least 1, got {max_deliveries!r}")
     _leases[app] = lease
     delivery.max_deliveries[app] = max_deliveries
-    delivery.keep_exhausted(app)
+    burial.keep_exhausted(app)
     publish.support(app, publish_timeout)
     app.steps["worker"].add("celeriac.shutdown:Shutdown")
     _adopted.setdefault(app, None)

@@ -16,7 +16,7 @@ from celery.worker.request import Request
 from kombu.message import Message
 from kombu.messaging import Consumer
 
-from celeriac import dead, delivery, messages, rabbitmq, runs
+from celeriac import burial, dead, delivery, messages, rabbitmq, runs
 from celeriac.errors import DeadLetterError, DeliveryLimitError, UndeliveredError
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Settling:
     def __init__(self, c: Any, message: Message) -> None:
         self._c, self._app, self._message = c, c.app, message
         self._death = Death.of(message.headers)
-        self._id, self._task = delivery.identity(message)
+        self._id, self._task = burial.identity(message)
 
     def settle(self) -> bool:
         """Whether that is all. Raises what is one of `delivery.AWAY`, and may be called again."""

@@ -7,13 +7,12 @@ is a dead letter.
 """
 
 import logging
-import re
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from billiard.einfo import ExceptionInfo
 from celery import Celery, Task, signals, states
@@ -26,8 +25,8 @@ from kombu.exceptions import ContentDisallowed, DecodeError, OperationalError
 from kombu.message import Message
 from redis.exceptions import RedisError
 
-from celeriac import bridge, dead, messages, runs
-from celeriac.errors import DeadLetterError, PoisonError
+from celeriac import burial, messages, runs
+from celeriac.errors import PoisonError
 
 logger = logging.getLogger(__name__)
 
@@ -148,7 +147,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         self._keep("no task", message, None, tell)
 
     def on_unknown_task(self, body: Any, message: Message, exc: Exception) -> None:
-        _, name = identity(message)
+        _, name = burial.identity(message)
         tell = partial(super().on_unknown_task, body, message, exc)
         self._keep("unknown task", message, NotRegistered(name), tell)
 
@@ -162,8 +161,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         """Raises what is one of `AWAY` where that is not possible now; `tell` is Celery's part."""
         if not isinstance(message.body, (str, bytes, bytearray, memoryview)):
             message.body = b"" if message.body is None else repr(message.body).encode()
-        task_id, name = identity(message)
-        if not _bury(self.app, message, reason, error):
+        task_id, name = burial.identity(message)
+        if not burial.bury(self.app, message, reason, error):
             raise _NotNowError
         if error is not None and messages.is_id(task_id):
             told = error if isinstance(error, NotRegistered) else InvalidTaskError(str(error))
@@ -317,7 +316,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
     def _end(self, delivery: _Delivery, starts: int) -> None:
         """The worker died each time it ran: it ends as a failure, and is kept."""
         error = PoisonError(starts)
-        if not _bury(self.app, delivery.message, "poison", error):
+        if not burial.bury(self.app, delivery.message, "poison", error):
             return self._wait(delivery)
         self._go_on(delivery)
         request = Request(
@@ -361,79 +360,3 @@ def _replies(message: Message) -> dict[str, Any]:
 
 def runs_here(field: str) -> bool:
     return any(runs.field_of(request) == field for request in worker_state.active_requests)
-
-
-def identity(message: Message) -> tuple[Any, Any]:
-    """The id and the task of a message, whatever they are; Celery's first protocol included."""
-    found = message.headers
-    if "task" not in found:
-        try:
-            found = message.payload
-        except Exception:  # whatever a decoder raises
-            found = {}
-    return (found.get("id"), found.get("task")) if isinstance(found, dict) else (None, None)
-
-
-def _queue_of(app: Celery, message: Message) -> str | None:
-    """The name of the queue that a message came from, as far as its key says it."""
-    key = (message.delivery_info or {}).get("routing_key")
-    if not isinstance(key, str):
-        return None
-    key = _DELAY.sub("", key)
-    for queue in app.amqp.queues.values():
-        if queue.routing_key == key:
-            return str(queue.name)
-    return key
-
-
-_DELAY = re.compile(r"^([01]\.)+")  # the bits that Celery writes before the key
-
-
-def _bury(app: Celery, message: Message, reason: str, error: Exception | None) -> bool:
-    """Whether it is kept now, as far as there is a place for it."""
-    try:
-        task_id, task = identity(message)
-        text = repr(error) if error is not None else ""
-        with dead.letters(app) as kept:
-            kept.bury(
-                {"id": task_id, "task": task}, dead.message_of(message), reason,
-                _queue_of(app, message), text,
-            )  # fmt: skip
-    except DeadLetterError:
-        return True
-    except Exception as failed:
-        logger.error("a message was not kept as a dead letter: %r", failed)
-        return False
-    return True
-
-
-def keep_exhausted(app: Celery) -> None:
-    """Keep the messages of tasks that failed with their last retry."""
-    _keeps.add(app)
-    signals.task_failure.connect(_exhausted, dispatch_uid=f"{__name__}.exhausted")
-
-
-_keeps: WeakSet[Celery] = WeakSet()
-
-
-def _exhausted(sender: Task, task_id: str, exception: Exception, **_: Any) -> None:
-    request, last = sender.request, sender.max_retries
-    if sender.app not in _keeps or request.is_eager or request.id != task_id:
-        return
-    # `retry` may have been told of another number, which it leaves there.
-    if not getattr(request, "celeriac_exhausted", last and last <= (request.retries or 0)):
-        return
-    bridge.offload(_bury_request, sender, request, exception)
-
-
-def _bury_request(task: Task, request: Any, error: Exception) -> None:
-    try:
-        raw = dead.message_of_request(task, request)
-        queue = (request.delivery_info or {}).get("routing_key")
-        headers = {"id": request.id, "task": task.name}
-        with dead.letters(task.app) as kept:
-            kept.bury(headers, raw, "retries", queue, repr(error))
-    except DeadLetterError:
-        return
-    except Exception:
-        logger.exception("task %s was not kept as a dead letter", request.id)

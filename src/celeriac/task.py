@@ -145,7 +145,7 @@ class Task(celery.Task):  # type: ignore[misc]
         max_retries: int | None = None,
         **options: Any,
     ) -> Any:
-        """Celery's, which notes whether this was the last one (see `delivery.keep_exhausted`)."""
+        """Celery's, which notes whether this was the last one (see `burial.keep_exhausted`)."""
         request, last = self.request, self.max_retries if max_retries is None else max_retries
         request.celeriac_exhausted = bool(last) and last <= (request.retries or 0)
         return super().retry(args, kwargs, exc, throw, eta, countdown, max_retries, **options)

@@ -25,12 +25,13 @@ class Profiled:
     def __init__(self, broker: str, backend: str, **options: Any) -> None:
         self.queue = f"profile-{secrets.token_hex(4)}"
         self.arguments: list[str] = []  # of its workers
+        self.limited: Any = None  # another queue
         self.options: dict[str, Any] = {"task_default_queue": self.queue} | options
         self.services = {"BROKER": broker, "BACKEND": backend}
         settings = Settings(celery_broker_url=broker, celery_result_backend=backend)
         self.app: Celery = create_celery(settings, broker_pool_limit=0, **self.options)
         self.notes = Redis.from_url(redis_url(backend))
-        for name in ("note", "again"):
+        for name in ("note", "again", "slow", "failed"):
             self.app.task(name=f"profile_app.{name}", shared=False)(_known)
 
     def send(self, name: str, *args: object, **options: object) -> Any:

@@ -27,6 +27,7 @@ from celeriac import (
     amqp,
     backend,
     bridge,
+    burial,
     delivery,
     messages,
     profile,
@@ -100,7 +101,7 @@ def adopt(
         raise ConfigurationError(f"max_deliveries: expected at least 1, got {max_deliveries!r}")
     _leases[app] = lease
     delivery.max_deliveries[app] = max_deliveries
-    delivery.keep_exhausted(app)
+    burial.keep_exhausted(app)
     publish.support(app, publish_timeout)
     app.steps["worker"].add("celeriac.shutdown:Shutdown")
     _adopted.setdefault(app, None)
@@ -197,7 +198,7 @@ def create_celery(
     app.conf.update(_without_environment(config))
     if profile.has_quorum_queues(config):
         app.amqp_cls = amqp.QuorumAMQP
-        app.steps["consumer"].add(rabbitmq.DeadLetters)
+        app.steps["consumer"] |= {rabbitmq.DeadLetters, "celeriac.deadqueue:DeadQueue"}
     adopted = adopt(
         app,
         status_store=settings.ws_message_queue,

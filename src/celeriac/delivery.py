@@ -12,20 +12,21 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from billiard.einfo import ExceptionInfo
 from celery import Celery, Task, signals, states
-from celery.exceptions import InvalidTaskError
+from celery.exceptions import BackendError, InvalidTaskError, NotRegistered
 from celery.utils.objects import Bunch
 from celery.worker import state as worker_state
 from celery.worker.consumer import Consumer as CeleryConsumer
 from celery.worker.request import Request
+from kombu.exceptions import ContentDisallowed, DecodeError, OperationalError
 from kombu.message import Message
 from redis.exceptions import RedisError
 
-from celeriac import bridge, dead, messages, runs
-from celeriac.errors import DeadLetterError, PoisonError
+from celeriac import burial, messages, runs
+from celeriac.errors import PoisonError
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +51,19 @@ class _Delivery:
     callbacks: Iterable[Any]
     waits: bool = False  # and does not count for the prefetch limit
     contended: bool = False  # a run of it was seen that had not ended
+    ends: int | None = None  # after so many starts
 
     @property
     def field(self) -> str:
-        get = self.message.headers.get
-        return f"{get('id')}:{get('retries') or 0}:{get('replaced_task_nesting') or 0}"
+        return runs.field_of_headers(self.message.headers)
+
+
+class _NotNowError(Exception):
+    """A message cannot be kept: where dead letters are does not answer."""
+
+
+# Of servers, not of messages: the same message may do later.
+AWAY = _NotNowError, RedisError, OperationalError, BackendError
 
 
 class Consumer(CeleryConsumer):  # type: ignore[misc]
@@ -76,63 +85,104 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         handle: _Handle = super().create_task_handler(*args, **options)
         limit = messages.limit_of(self.app)
 
-        def guarded(message: Message) -> Any:
+        def checked(message: Message) -> None:
             try:
-                messages.check(message, limit)
-            except Exception as error:  # whatever a deserializer raises
-                return self._refuse(message, error)
-            try:
-                return handle(message)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                messages.check(self.app, message, limit)
+                handle(message)
+            except messages.MALFORMED as error:
                 # Written by nobody's Celery: it must not end the worker.
-                if message.acknowledged:
-                    logger.exception("a message that was refused could not be reported")
-                    return None
-                return self.on_decode_error(message, error)
+                self._refuse(message, InvalidTaskError(repr(error)))
+            except (InvalidTaskError, ContentDisallowed, DecodeError) as error:
+                self._refuse(message, error)
 
-        return guarded
+        return lambda message: self._attempt(message, partial(checked, message))
+
+    def _attempt(self, message: Message, act: Callable[[], Any]) -> None:
+        """Do something about a message, again until the servers that it takes are there."""
+        try:
+            act()
+        except AWAY as error:
+            if message.acknowledged:
+                logger.error("the end of a refused message is not recorded: %r", error)
+                return
+            logger.warning("a message waits: %r", error)
+            self._later(partial(self._attempt, message, act))
+
+    def _later(self, act: Callable[[], Any]) -> None:
+        connected = self._connected
+
+        def again() -> None:
+            if connected == self._connected:  # or else the message comes again
+                act()
+
+        self.timer.call_after(_LOOK_AGAIN, self.call_soon, (again,))
 
     def on_close(self) -> None:
         super().on_close()
         self._suspects.clear()
         self._waiting.clear()  # they come again, over another connection
         self._connected += 1
-        if self._alone is not None and not _runs_here(self._alone):
+        if self._alone is not None and not runs_here(self._alone):
             self._alone = None
 
-    # What Celery drops, or hands back to RabbitMQ, is kept.
-
-    def on_decode_error(self, message: Message, exc: Exception) -> None:
-        self._bury(message, "unreadable", exc)
-        super().on_decode_error(message, exc)
-
-    def on_unknown_message(self, body: Any, message: Message) -> None:
-        self._bury(message, "no task", None)
-        super().on_unknown_message(body, message)
-
-    def on_unknown_task(self, body: Any, message: Message, exc: Exception) -> None:
-        self._bury(message, "unknown task", exc)
-        super().on_unknown_task(body, message, exc)
-
-    def on_invalid_task(self, body: Any, message: Message, exc: Exception) -> None:
-        self._bury(message, "invalid", exc)
-        super().on_invalid_task(body, message, exc)
+    # What Celery drops, or hands back to RabbitMQ, is kept, and whoever waits for its task hears.
 
     def _refuse(self, message: Message, error: Exception) -> None:
-        self.on_invalid_task(None, message, error)
-        headers = message.headers if isinstance(message.headers, dict) else {}
-        task_id, name = headers.get("id"), headers.get("task")
-        if not isinstance(task_id, str) or not isinstance(name, str):
+        if message.acknowledged:
+            logger.error("a message was refused too late: %r", error)
             return
-        refusal = InvalidTaskError(str(error))
-        request = Bunch(name=name, chord=None, root_id=None, errbacks=None, **_replies(message))
-        try:  # somebody may wait for it
-            self.app.backend.mark_as_failure(task_id, refusal, request=request)
-        except Exception:
-            logger.exception("the end of the refused task %s was not recorded", task_id)
+        if isinstance(error, InvalidTaskError):
+            self.on_invalid_task(None, message, error)
+        else:
+            self.on_decode_error(message, error)
 
-    def _bury(self, message: Message, reason: str, error: Exception | None) -> bool:
-        return _bury(self.app, message, reason, error)
+    def on_decode_error(self, message: Message, exc: Exception) -> None:
+        if not isinstance(message, Message):  # whoever took it from the server has more of it
+            raise exc
+        tell = partial(super().on_decode_error, message, exc)
+        self._attempt(message, lambda: self._keep("unreadable", message, exc, tell))
+
+    def on_unknown_message(self, body: Any, message: Message) -> None:
+        tell = partial(super().on_unknown_message, body, message)
+        self._keep("no task", message, None, tell)
+
+    def on_unknown_task(self, body: Any, message: Message, exc: Exception) -> None:
+        _, name = burial.identity(message)
+        tell = partial(super().on_unknown_task, body, message, exc)
+        self._keep("unknown task", message, NotRegistered(name), tell)
+
+    def on_invalid_task(self, body: Any, message: Message, exc: Exception) -> None:
+        tell = partial(super().on_invalid_task, body, message, exc)
+        self._keep("invalid", message, exc, tell)
+
+    def _keep(
+        self, reason: str, message: Message, error: Exception | None, tell: Callable[[], Any]
+    ) -> None:
+        """Raises what is one of `AWAY` where that is not possible now; `tell` is Celery's part."""
+        if not isinstance(message.body, (str, bytes, bytearray, memoryview)):
+            message.body = b"" if message.body is None else repr(message.body).encode()
+        task_id, name = burial.identity(message)
+        if not burial.bury(self.app, message, reason, error):
+            raise _NotNowError
+        if error is not None and messages.is_id(task_id):
+            told = error if isinstance(error, NotRegistered) else InvalidTaskError(str(error))
+            self._fail(message, str(task_id), name, told)
+        try:
+            tell()
+        except messages.MALFORMED as failed:  # in what it writes into the log
+            logger.error("a message was refused: %r", failed)
+            if not message.acknowledged:
+                message.ack()  # type: ignore[no-untyped-call]
+
+    def _fail(self, message: Message, task_id: str, name: Any, error: Exception) -> None:
+        request = Bunch(name=name, chord=None, root_id=None, errbacks=None, **_replies(message))
+        try:
+            if self.app.backend.get_state(task_id) not in states.READY_STATES:
+                self.app.backend.mark_as_failure(task_id, error, request=request)
+        except AWAY:
+            raise
+        except Exception:  # of any other result backend
+            logger.exception("the end of the refused task %s is not recorded", task_id)
 
     # From here on: what comes again.
 
@@ -146,14 +196,33 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         reject: Callable[..., Any],
         callbacks: Iterable[Any],
     ) -> Any:
+        reject = partial(self._reject, message, reject)
         redelivered = (message.delivery_info or {}).get("redelivered")
         if not redelivered or "id" not in message.headers or runs.of(self.app) is None:
             return handle(message, body, ack, reject, callbacks)
-        return self._look(_Delivery(handle, task, message, body, ack, reject, callbacks))
+        delivery = _Delivery(handle, task, message, body, ack, reject, callbacks)
+        return self._look_at(delivery)
+
+    def _reject(
+        self, message: Message, reject: _Handle, log: Any, errors: Any, requeue: bool = False
+    ) -> None:
+        """As a worker does whose pool has lost the process: others need not wait for its end."""
+        known = runs.of(self.app)
+        if requeue and known is not None and "id" in message.headers:
+            try:
+                known.give_back(runs.field_of_headers(message.headers))
+            except RedisError as error:
+                logger.warning("a lost run is not noted, others wait for this worker: %s", error)
+        reject(log, errors, requeue)
+
+    def _look_at(self, delivery: _Delivery) -> None:
+        self._attempt(delivery.message, partial(self._look, delivery))
 
     def _look(self, delivery: _Delivery) -> None:
         known = runs.of(self.app)
         assert known is not None
+        if delivery.ends is not None:
+            return self._end(delivery, delivery.ends)
         field = delivery.field
         try:
             record = known.find(field)
@@ -161,7 +230,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         except RedisError as error:
             logger.warning("whether %s runs elsewhere is not known: %s", field, error)
             return self._wait(delivery)
-        if alive or _runs_here(field):
+        if alive or runs_here(field):
             delivery.contended = True
             return self._wait(delivery)
         if record is None:
@@ -188,13 +257,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
 
     def _wait(self, delivery: _Delivery) -> None:
         self._let_others_by(delivery)
-        connected = self._connected
-
-        def again() -> None:
-            if connected == self._connected:
-                self._look(delivery)
-
-        self.timer.call_after(_LOOK_AGAIN, self.call_soon, (again,))
+        self._later(partial(self._look_at, delivery))
 
     @property
     def waiting(self) -> list[Message]:
@@ -235,7 +298,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         if self._alone == field:
             self._alone = None
         if self._alone is None and self._suspects:
-            self._look(self._suspects.popleft())
+            self._look_at(self._suspects.popleft())
 
     def _hand_on(
         self, delivery: _Delivery, ack: Callable[..., Any], reject: Callable[..., Any]
@@ -243,14 +306,17 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         message = delivery.message
         try:
             delivery.handle(message, delivery.body, ack, reject, delivery.callbacks)
+        except AWAY:
+            self._next(delivery.field)
+            raise
         except Exception as error:
-            self.on_invalid_task(delivery.body, message, error)
+            self._refuse(message, InvalidTaskError(repr(error)))
             self._next(delivery.field)
 
     def _end(self, delivery: _Delivery, starts: int) -> None:
         """The worker died each time it ran: it ends as a failure, and is kept."""
         error = PoisonError(starts)
-        if not self._bury(delivery.message, "poison", error):
+        if not burial.bury(self.app, delivery.message, "poison", error):
             return self._wait(delivery)
         self._go_on(delivery)
         request = Request(
@@ -259,6 +325,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
             connection_errors=self.connection_errors,
         )  # fmt: skip
         logger.error("task %s: %s", delivery.field, error)
+        delivery.ends = starts  # whatever becomes of its record, it does not run again
         fail(request, error)
         request.acknowledge()
         return None
@@ -291,52 +358,5 @@ def _replies(message: Message) -> dict[str, Any]:
     return {name: message.properties.get(name) for name in names}
 
 
-def _runs_here(field: str) -> bool:
+def runs_here(field: str) -> bool:
     return any(runs.field_of(request) == field for request in worker_state.active_requests)
-
-
-def _bury(app: Celery, message: Message, reason: str, error: Exception | None) -> bool:
-    try:
-        with dead.letters(app) as kept:
-            queue = (message.delivery_info or {}).get("routing_key")
-            text = repr(error) if error is not None else ""
-            kept.bury(message.headers or {}, dead.message_of(message), reason, queue, text)
-    except DeadLetterError:
-        return True  # there is no place for them
-    except Exception:
-        logger.exception("a message was not kept as a dead letter")
-        return False
-    return True
-
-
-def keep_exhausted(app: Celery) -> None:
-    """Keep the messages of tasks that failed with their last retry."""
-    _keeps.add(app)
-    signals.task_failure.connect(_exhausted, dispatch_uid=f"{__name__}.exhausted")
-
-
-_keeps: WeakSet[Celery] = WeakSet()
-
-
-def _exhausted(sender: Task, task_id: str, exception: Exception, **_: Any) -> None:
-    request = sender.request
-    last = sender.max_retries
-    if sender.app not in _keeps or request.called_directly or request.id != task_id:
-        return
-    if last is None or not 0 < last <= (request.retries or 0):
-        return
-    bridge.offload(_bury_request, sender, request, exception)
-
-
-def _bury_request(task: Task, request: Any, error: Exception) -> None:
-    try:
-        with dead.letters(task.app) as kept:
-            queue = (request.delivery_info or {}).get("routing_key")
-            headers = {"id": request.id, "task": task.name}
-            kept.bury(
-                headers, dead.message_of_request(task, request), "retries", queue, repr(error)
-            )
-    except DeadLetterError:
-        return
-    except Exception:
-        logger.exception("task %s was not kept as a dead letter", request.id)

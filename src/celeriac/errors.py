@@ -45,10 +45,35 @@ class RedisNotFoundError(CeleriacError):
 class PoisonError(CeleriacError):
     """A task was started again and again, and its worker died each time before it ended."""
 
-    def __init__(self, starts: int) -> None:
+    def __init__(self, starts: int | str) -> None:
+        if isinstance(starts, str):  # as a result backend makes it again
+            super().__init__(starts)
+            return
         super().__init__(
             f"its worker died each of the {starts} times it was started: it is kept as a dead "
             "letter (celeriac dead list), and `celeriac dead retry` sends it again"
+        )
+
+
+class DeliveryLimitError(CeleriacError):
+    """RabbitMQ gave up on a message: it was delivered again and again, and never acknowledged."""
+
+    def __init__(self, text: str = "", *, queue: str = "") -> None:
+        super().__init__(
+            text
+            or f"it reached the limit of deliveries of queue {queue!r} without an end: it is kept "
+            "as a dead letter (celeriac dead list), and `celeriac dead retry` sends it again"
+        )
+
+
+class UndeliveredError(CeleriacError):
+    """A worker, or RabbitMQ, dropped a message whose task had not ended."""
+
+    def __init__(self, text: str = "", *, queue: str = "", reason: str = "") -> None:
+        super().__init__(
+            text
+            or f"queue {queue!r} dropped it ({reason}): it is kept as a dead letter (celeriac dead "
+            "list), and `celeriac dead retry` sends it again"
         )
 
 

@@ -5,6 +5,7 @@ from; its lease says for how long they are its own.
 """
 
 import logging
+import re
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +16,7 @@ from kombu.utils import json
 
 from celeriac import lease
 from celeriac.lease import Script, execute
+from celeriac.messages import MALFORMED
 
 logger = logging.getLogger(__name__)
 
@@ -132,11 +134,19 @@ class Holdings:
         return requeued
 
 
-def _redelivered(entry: bytes) -> str:
+def _redelivered(entry: bytes) -> bytes | str:
     """The message of an entry of `unacked`, marked as kombu marks those that it restores."""
-    message, _, _ = json.loads(entry.decode())  # type: ignore[no-untyped-call]
-    with suppress(KeyError, TypeError):  # of a message that no kombu has written
-        message["headers"]["redelivered"] = True
-        message["properties"]["delivery_info"]["redelivered"] = True
-    text: str = json.dumps(message)  # type: ignore[no-untyped-call]
+    try:
+        message, _, _ = json.loads(entry.decode())  # type: ignore[no-untyped-call]
+        with suppress(KeyError, TypeError):  # of a message that no kombu has written
+            message["headers"]["redelivered"] = True
+            message["properties"]["delivery_info"]["redelivered"] = True
+        text: str = json.dumps(message)  # type: ignore[no-untyped-call]
+    except MALFORMED:
+        found = _ENTRY.fullmatch(entry)
+        return found[1] if found else entry  # for whoever takes it to put aside
     return text
+
+
+_STRING = rb'\s*"(?:[^"\\]|\\.)*"'
+_ENTRY = re.compile(rb"\[(.*)," + _STRING + b"," + _STRING + rb"\]", re.DOTALL)

@@ -73,7 +73,8 @@ class Queues(celery.app.amqp.Queues):  # type: ignore[misc]
         return found
 
 
-def _feeds_dead_letters(app: Celery) -> bool:
+def feeds_dead_letters(app: Celery) -> bool:
+    """Whether a queue of `app` gives up on messages in favour of `DEAD`."""
     arguments = [each.queue_arguments or {} for each in app.amqp.queues.values()]
     return any(each.get("x-dead-letter-exchange") == DEAD for each in arguments)
 
@@ -84,7 +85,7 @@ class DeadLetters(bootsteps.StartStopStep):  # type: ignore[misc]
     requires = ("celery.worker.consumer.connection:Connection",)
 
     def include_if(self, c: Any) -> bool:
-        return _feeds_dead_letters(c.app)
+        return feeds_dead_letters(c.app)
 
     def start(self, c: Any) -> None:
         with c.connection.channel() as channel:

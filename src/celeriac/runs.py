@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -88,6 +88,13 @@ if ARGV[4] ~= '' and old ~= '' and not ends[old] then store(ARGV[4], ARGV[5]) en
 return 1
 """
 )
+
+# Not while its worker is alive: it may be running.
+_FORGET = Script("""
+local old = redis.call('HGET', KEYS[1], ARGV[1])
+if not old or redis.call('ZSCORE', KEYS[2], cjson.decode(old).w) then return 0 end
+return redis.call('HDEL', KEYS[1], ARGV[1])
+""")
 _DAY = 86400.0
 _LOST = "the worker of this task is gone"
 CUT_OFF = "the worker was shut down while this task ran"
@@ -137,6 +144,17 @@ def field_of(request: Any) -> str:
     return f"{request.id}:{get('retries') or 0}:{get('replaced_task_nesting') or 0}"
 
 
+def field_of_headers(headers: Mapping[str, Any]) -> str:
+    """Of a message."""
+    get = headers.get
+    return f"{get('id')}:{get('retries') or 0}:{get('replaced_task_nesting') or 0}"
+
+
+def forget(client: redis.Redis, prefix: str, field: str) -> None:
+    """Count the starts of a run anew, unless it may be running."""
+    _FORGET.run(client, [key_of(prefix), _leases_of(key_of(prefix)) + "leases"], field)
+
+
 def begin(task: Task) -> Run | None:
     """Give the request of `task`, which is about to start, its run; not written yet."""
     request = task.request
@@ -170,7 +188,7 @@ class Runs:
     def __init__(self, app: Celery, client: redis.Redis, prefix: str, seconds: float) -> None:
         self._app, self._client = app, client
         self.key = key_of(prefix)
-        self._lease = lease.Lease(client, f"{self.key}:", seconds)
+        self._lease = lease.Lease(client, _leases_of(self.key), seconds)
         self.holder = self._lease.holder
         _keepers[app] = self
 
@@ -186,6 +204,12 @@ class Runs:
         """Whether the worker of a run still renews its lease."""
         found = execute(self._client, "ZSCORE", self._lease.keys[0], record.holder)
         return bool(record.holder) and found is not None
+
+    def give_back(self, field: str) -> None:
+        """Say that a run here is over whose process is gone, while this worker lives on."""
+        record = self.find(field)
+        if record is not None and record.holder == self.holder:
+            self._return(record)
 
     def all(self) -> Iterator[Record]:
         for field, raw in self._client.hscan_iter(self.key, count=1000):
@@ -250,7 +274,7 @@ class Runs:
     def _return(self, record: Record) -> None:
         """Its message goes back to the queue, or is there: it waits again, and has not ended."""
         if self._replace(record, states.PENDING, w=""):
-            logger.warning("task %s lost its worker and waits again", record.field)
+            logger.warning("task %s lost its process and waits again", record.field)
 
     def _fail(self, record: Record, reason: str = _LOST) -> None:
         """Its message is gone: nobody else can say how it ended."""
@@ -277,3 +301,7 @@ class Runs:
 
 def key_of(prefix: str) -> str:
     return f"{prefix}celeriac:runs"
+
+
+def _leases_of(key: str) -> str:
+    return f"{key}:"

@@ -134,6 +134,22 @@ class Task(celery.Task):  # type: ignore[misc]
             options |= rabbitmq.delay(self.app, options)
         return super().apply_async(*args, **options)
 
+    def retry(
+        self,
+        args: Any = None,
+        kwargs: Any = None,
+        exc: Exception | None = None,
+        throw: bool = True,
+        eta: Any = None,
+        countdown: float | None = None,
+        max_retries: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """Celery's, which notes whether this was the last one (see `burial.keep_exhausted`)."""
+        request, last = self.request, self.max_retries if max_retries is None else max_retries
+        request.celeriac_exhausted = bool(last) and last <= (request.retries or 0)
+        return super().retry(args, kwargs, exc, throw, eta, countdown, max_retries, **options)
+
     async def adelay(self, /, *args: Any, **kwargs: Any) -> AsyncResult:
         """`delay` without blocking the event loop. Raises PublishError within the deadline."""
         return await publish.aapply_async(self, args, kwargs)

@@ -28,6 +28,7 @@ from celeriac import dead, serialization
 from celeriac.bell import Bell
 from celeriac.holdings import Holdings
 from celeriac.lease import Script
+from celeriac.messages import MALFORMED
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +53,12 @@ for i = 5, #ARGV do
 end
 local function read(raw)
   local properties = cjson.decode(raw).properties
-  local info = properties.delivery_info
+  local info, tag = properties.delivery_info, properties.delivery_tag
+  if type(info.exchange) ~= 'string' or type(info.routing_key) ~= 'string' then error() end
+  if #tag > 255 or not string.find(tag, '^[%w%p ]+$') then error() end
+  while redis.call('HEXISTS', unacked, tag) == 1 do tag = tag .. '+' end  -- a copy
   local to = cjson.encode({info.exchange, info.routing_key})
-  return properties.delivery_tag, '[' .. raw .. ',' .. string.sub(to, 2)
+  return tag, '[' .. raw .. ',' .. string.sub(to, 2)
 end
 local found, left = {}, tonumber(ARGV[1])
 for i = 1, lists do
@@ -63,11 +67,11 @@ for i = 1, lists do
     if not raw then break end
     local ok, tag, entry = false, nil, nil
     if #raw <= tonumber(ARGV[4]) then ok, tag, entry = pcall(read, raw) end
-    if ok and type(tag) == 'string' then
+    if ok then
       if leased then redis.call('HSET', held, tag, KEYS[i]) end
       redis.call('HSET', unacked, tag, entry)
       redis.call('ZADD', index, ARGV[2], tag)
-      found[#found + 1], found[#found + 2] = i, raw
+      found[#found + 1], found[#found + 2], found[#found + 3] = i, tag, raw
       left = left - 1
     else
       local id = redis.sha1hex(raw)
@@ -98,8 +102,9 @@ os.register_at_fork(after_in_child=_holdings.clear)  # what the parent holds is 
 def _loads(raw: bytes) -> dict[str, Any]:
     """A message. Thousands may be held at once: they share the names of their headers."""
     message: dict[str, Any] = serialization.loads(raw)
-    for part in message.keys() & {"headers", "properties"}:
-        message[part] = {sys.intern(name): value for name, value in message[part].items()}
+    for part in ("headers", "properties"):
+        found = message.get(part) or {}
+        message[part] = {sys.intern(name): value for name, value in found.items()}
     return message
 
 
@@ -241,35 +246,38 @@ class Channel(kombu_redis.Channel):
         ]
         found = self._exchange([key for key, _ in lists], wanted)
         arrived = [
-            (lists[place - 1][1], raw) for place, raw in zip(found[::2], found[1::2], strict=True)
+            (lists[place - 1][1], tag.decode(), raw)
+            for place, tag, raw in zip(found[::3], found[1::3], found[2::3], strict=True)
         ]
-        for queue in {queue for queue, _ in arrived}:
+        for queue in {queue for queue, _, _ in arrived}:
             self._queue_cycle.rotate(queue)
-        for queue, raw in arrived:
-            self._deliver(queue, raw)
+        for queue, tag, raw in arrived:
+            self._deliver(queue, tag, raw)
         return bool(arrived)
 
     def _ours(self) -> bool:
         return not self._unrecorded.intersection(self.active_queues)
 
-    def _deliver(self, queue: str, raw: bytes) -> None:
-        message = _loads(raw)
-        tag = message["properties"]["delivery_tag"]
+    def _deliver(self, queue: str, tag: str, raw: bytes) -> None:
         self.holdings.mine.add(tag)
         self.qos.recorded.add(tag)
         try:
+            message = _loads(raw)
+            message["properties"]["delivery_tag"] = tag
             self.connection._deliver(message, queue)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except MALFORMED as error:
             # Written by somebody who is no kombu: it must not end the worker, nor come again.
             logger.error("a message that cannot be read is a dead letter: %r", error)
             self._bury(raw, queue, error)
+            self.qos.recorded.discard(tag)
             self.qos.ack(tag)
-        message.pop("body", None)  # decoded by now; Redis keeps what may have to come again
+        else:
+            message.pop("body", None)  # decoded by now; Redis keeps what may have to come again
 
     def _bury(self, raw: bytes, queue: str, error: Exception) -> None:
         known = {"reason": "unreadable", "queue": queue, "error": repr(error)}
         client = self._create_client()
-        dead.bury_raw(client, self.global_keyprefix, dead.id_of(raw), raw, **known)
+        dead.bury_raw(client, self.global_keyprefix, dead.id_of(raw), raw, known)
 
     def _settle(self) -> None:
         """After a lost connection, or reply: keep what runs, give back what has not begun.
@@ -394,7 +402,9 @@ class Channel(kombu_redis.Channel):
     def close(self) -> None:
         if self._watches:
             self._in_poll = None  # nothing of ours is on its way
-        if not self.closed and self.connection.client is not None and self.holdings.acknowledged:
+        # Not one that sends, from whatever thread: what the worker holds is the main loop's.
+        mine = self.exchanges and not self.closed and self.connection.client is not None
+        if mine and self.holdings.acknowledged:
             try:
                 self._exchange([], 0)
             except self.connection_errors as error:

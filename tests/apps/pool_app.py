@@ -263,3 +263,53 @@ async def die(self: Task, key: str = "die") -> None:
     """Ends its process, each time it runs."""
     note(f"{key}-started", os.getpid())
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+if "NEWER" in os.environ:
+
+    @celery.task
+    def newer(key: str) -> str:
+        """What only the workers of a newer release know."""
+        note(key, "ran")
+        return key
+
+
+@celery.task(bind=True, max_retries=2)
+def give_up(self: Task, key: str, last: int | None = None) -> None:
+    """Tries again until it may not, unless the test has changed its mind."""
+    note(key, self.request.retries)
+    if not notes.exists(f"mended:{key}"):
+        raise self.retry(exc=ConnectionError(key), countdown=0, max_retries=last)
+
+
+@celery.task(
+    bind=True, autoretry_for=(ConnectionError,), default_retry_delay=0, retry_jitter=False,
+    retry_kwargs={"max_retries": 1},
+)  # fmt: skip
+async def give_up_by_itself(self: Task, key: str) -> None:
+    note(key, self.request.retries)
+    if not notes.exists(f"mended:{key}"):
+        raise ConnectionError(key)
+
+
+@celery.task
+def fail_at_once() -> None:
+    raise ValueError("no retry")
+
+
+@celery.task(bind=True, max_retries=0)
+def never_again(self: Task) -> None:
+    raise self.retry(exc=ConnectionError(), countdown=0)
+
+
+@celery.task(bind=True, max_retries=None)
+def fail_in_the_end(self: Task) -> None:
+    if self.request.retries < 4:
+        raise self.retry(countdown=0)
+    raise ValueError("after four retries")
+
+
+@celery.task
+def take(*args: object, **_: object) -> None:
+    """Anything."""
+    note(str(args[0])[:50].encode(errors="replace").decode(), "taken")

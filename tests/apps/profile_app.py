@@ -30,3 +30,15 @@ def again(self: Task, key: str, countdowns: list[float]) -> None:
     notes.rpush(f"note:{key}", time.time())
     if countdowns:
         raise self.retry(args=(key, countdowns[1:]), countdown=countdowns[0])
+
+
+@celery.task
+def slow(key: str, seconds: float) -> str:
+    notes.rpush(f"note:{key}", time.time())
+    time.sleep(seconds)
+    return key
+
+
+@celery.task
+def failed(request: object, error: object, _: object) -> None:
+    notes.rpush("note:errback", repr(error))

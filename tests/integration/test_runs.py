@@ -98,3 +98,17 @@ def test_a_task_that_kills_its_worker_is_started_three_times_and_costs_no_other(
         finally:
             for each in replaced:
                 each.close()
+
+
+def test_what_kills_its_pools_process_is_not_waited_for_by_other_workers(
+    broker: str, valkey: Valkey
+) -> None:
+    conf = {**LATE, "worker_concurrency": 1}
+    with (
+        worker(broker, valkey, "prefork", **conf) as first,
+        worker(broker, valkey, "prefork", "-Q", first.queue, **conf),
+    ):
+        with pytest.raises(Exception, match="3 times"):
+            first.send("die").get(timeout=40)
+        assert first.notes.llen("note:die-started") == 3
+        assert not first.notes.exists("celeriac:runs")

@@ -127,6 +127,16 @@ def test_a_global_prefix_holds_for_every_key(valkey: Valkey) -> None:
         worker.close()
 
 
+def test_what_a_worker_acknowledges_is_not_written_by_whoever_sends(valkey: Valkey) -> None:
+    app = adopt(Celery("sender", broker=valkey.celery_url, set_as_current=False))
+    with app.connection_for_write() as connection:
+        channel = connection.default_channel
+        holdings = channel.holdings
+        holdings.acknowledged.append("the main loop's")
+    assert list(holdings.acknowledged) == ["the main loop's"]
+    holdings.acknowledged.clear()
+
+
 def test_kombus_own_transport_can_be_chosen(valkey: Valkey) -> None:
     app = adopt(Celery("chosen", broker=valkey.celery_url, set_as_current=False))
     with app.connection_for_read() as connection:

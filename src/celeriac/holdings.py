@@ -72,16 +72,20 @@ class Holdings:
         self.lost = False
         self._prefix, self.unacked, self.index = prefix, unacked, index
         self._touched, self._touch_every = monotonic(), visibility_timeout / 10
+        self._client = client
         self._lease: lease.Lease | None = None
-        if lease.process.keeper is not None:
-            self._lease = lease.Lease(client(), prefix, lease.process.keeper.seconds)
-            lease.process.keeper.add(
-                lease.Holding(self._lease, self._lose, self._take_over, self._touch)
-            )
 
     @property
     def leased(self) -> bool:
+        """Whether what is held is covered by a lease, as in every worker of an adopted app."""
+        # A worker's keeper comes after its first connection, over which nothing is taken.
+        if self._lease is None and lease.process.keeper is not None:
+            self._begin(lease.process.keeper)
         return self._lease is not None
+
+    def _begin(self, keeper: lease.Keeper) -> None:
+        self._lease = lease.Lease(self._client(), self._prefix, keeper.seconds)
+        keeper.add(lease.Holding(self._lease, self._lose, self._take_over, self._touch))
 
     @property
     def held(self) -> str:

@@ -319,9 +319,10 @@ class Channel(kombu_redis.Channel):
             raise redis.ConnectionError("the lease ran out")
         tags = list(holdings.acknowledged)
         prefix = self.global_keyprefix
+        leased = int(holdings.leased)
         keys = [f"{prefix}{key}" for key in lists]
         keys += [holdings.unacked, holdings.index, holdings.held, *dead.keys(prefix)]
-        arguments = [wanted, time(), int(holdings.leased), self.max_message_size, *tags]
+        arguments = [wanted, time(), leased, self.max_message_size, *tags]
         try:
             found = _EXCHANGE.run(self._create_client(), keys, *arguments)
         except self.ResponseError as error:  # a full memory, say: nothing was taken

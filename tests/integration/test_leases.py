@@ -5,9 +5,10 @@ import signal
 from typing import Any
 
 import pytest
+from redis import Redis
 
 from celeriac.embedded import Valkey
-from support import empty_redis, eventually
+from support import empty_redis, eventually, python
 from workers import Worker
 
 LATE = json.dumps({"task_acks_late": True, "worker_prefetch_multiplier": 4})
@@ -106,3 +107,22 @@ def test_what_was_taken_in_a_step_whose_reply_was_lost_is_queued_again(valkey: V
         assert first.send("wait", 0).get(timeout=20) == "waited"
         eventually(lambda: first.notes.llen("elsewhere") == 1, 15)
         assert not first.notes.exists("unacked")
+
+
+def test_a_worker_that_looked_for_its_broker_first_holds_a_lease_too(valkey: Valkey) -> None:
+    url, name = valkey.celery_url, "made"
+    made = f"""
+import celeriac
+celery = celeriac.create_celery(
+    celeriac.Settings(celery_broker_url={url!r}, celery_result_backend={url!r}), name={name!r}
+)
+@celery.task
+def add(x, y):
+    return x + y
+"""
+    with (
+        Redis.from_url(valkey.redis_url) as client,
+        python("-c", f"{made}\ncelery.worker_main(['worker', '-P', 'solo', '-l', 'info'])") as running,
+    ):
+        running.wait_for("ready")
+        assert eventually(lambda: client.zcard("celeriac:unacked:leases")) == 1

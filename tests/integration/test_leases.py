@@ -122,7 +122,9 @@ def add(x, y):
 """
     with (
         Redis.from_url(valkey.redis_url) as client,
-        python("-c", f"{made}\ncelery.worker_main(['worker', '-P', 'solo', '-l', 'info'])") as running,
+        python(
+            "-c", f"{made}\ncelery.worker_main(['worker', '-P', 'solo', '-l', 'info'])"
+        ) as running,
     ):
         running.wait_for("ready")
         assert eventually(lambda: client.zcard("celeriac:unacked:leases")) == 1

@@ -1,0 +1,108 @@
+"""Workers are killed while they work: nothing is lost, only what was in flight is repeated."""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+from chaos.ledger import Run
+from chaos.load import Load
+from chaos.stage import LEASE, RECOVERY, Stage, cast, count
+
+CONCURRENCY = 10
+# Between a body's end and its acknowledgement: the result is written first.
+ACKNOWLEDGED_WITHIN = 1.0
+
+
+@dataclass
+class Kill:
+    at: float
+    pids: set[int]
+
+
+@cast(("redis", "celeriac"), ("rabbitmq", "celeriac"))
+def test_killed_workers_lose_nothing_and_double_only_what_was_in_flight(
+    stage: Callable[..., Stage], pool: str
+) -> None:
+    rng = random.Random(4)
+    with stage() as play:
+        crew = play.crew(2, pool, CONCURRENCY, revived=True)
+        load = Load(play, rng, total=count(short=1200, long=20_000))
+        kills: list[Kill] = []
+        with load.running():
+            for _ in range(count(short=4, long=50)):
+                time.sleep(rng.uniform(0.5, 3.0))
+                victim = rng.choice(crew)
+                if victim.process.running:
+                    family = victim.family()
+                    kills.append(Kill(victim.kill(), family))
+        play.written("end", load.sent, RECOVERY + 60)
+        assert set(play.ended(list(load.sent.values())).values()) == {"SUCCESS"}
+        runs = play.runs()
+        assert_doubled_in_flight(runs, kills)
+        assert_recovered_in_time(runs, kills)
+
+
+@cast(("redis", "celeriac"))
+def test_with_early_acknowledgement_killed_workers_double_nothing_and_every_task_ends(
+    stage: Callable[..., Stage], pool: str
+) -> None:
+    rng = random.Random(6)
+    with stage() as play:
+        crew = play.crew(2, pool, CONCURRENCY, late=False, revived=True)
+        load = Load(play, rng, total=count(short=800, long=5000))
+        with load.running():
+            for _ in range(count(short=3, long=20)):
+                time.sleep(rng.uniform(0.5, 2.0))
+                victim = rng.choice(crew)
+                if victim.process.running:
+                    victim.kill()
+        states = play.ended(list(load.sent.values()), RECOVERY + 60)
+        runs = play.runs()
+        assert {key: len(of_key) for key, of_key in runs.items() if len(of_key) > 1} == {}
+        done = {key for key, (run, *_) in runs.items() if run.ended}
+        assert {key for key, each in load.sent.items() if states[each] == "SUCCESS"} <= done
+        assert set(states.values()) <= {"SUCCESS", "FAILURE"}
+
+
+def assert_doubled_in_flight(runs: dict[str, list[Run]], kills: list[Kill]) -> None:
+    """Whatever ran again had been running, or just ended, where a kill ended it."""
+    for of_key in runs.values():
+        for earlier in of_key[:-1]:
+            ends = [kill for kill in kills if earlier.pid in kill.pids]
+            assert ends, f"a second run of what no kill ended: {of_key}"
+            if earlier.ended is not None:
+                assert earlier.ended > ends[0].at - ACKNOWLEDGED_WITHIN, of_key
+    again = sum(len(of_key) - 1 for of_key in runs.values())
+    assert again <= CONCURRENCY * len(kills)
+
+
+def assert_recovered_in_time(runs: dict[str, list[Run]], kills: list[Kill]) -> None:
+    late = {}
+    for key, of_key in runs.items():
+        for earlier, later in pairwise(of_key):
+            ended = next(kill.at for kill in kills if earlier.pid in kill.pids)
+            if later.began - ended > RECOVERY:
+                late[key] = later.began - ended
+    assert late == {}
+
+
+@cast(("redis", "celeriac"), ("redis", "prefork"), ("rabbitmq", "celeriac"))
+def test_a_task_that_kills_its_worker_ends_and_costs_no_other(
+    stage: Callable[..., Stage], pool: str
+) -> None:
+    good = count(short=300, long=1000)
+    with stage() as play:
+        play.crew(2, pool, CONCURRENCY, revived=True)
+        first = [play.send("awork", f"t{number}", 0.02) for number in range(good // 2)]
+        poison = play.send("kill_worker", "poison", "kill", 1000)
+        rest = [play.send("awork", f"u{number}", 0.02) for number in range(good // 2)]
+        states = play.ended([*first, *rest, poison], 60)
+        assert states.pop(poison) == "FAILURE"
+        assert set(states.values()) == {"SUCCESS"}
+        begun = [entry for entry in play.entries("begin") if entry.key == "poison"]
+        assert len(begun) <= 3
+        assert [letter.id for letter in play.dead_letters()] == [poison]
+        time.sleep(LEASE + 1)
+        assert len([entry for entry in play.entries("begin") if entry.key == "poison"]) <= 3

@@ -43,9 +43,6 @@ class Forged:
             "no id": (body("no id"), {"task": "chaos_app.work"}, plain),
             "unknown task": (body("unknown"), task_headers(task="os.system"), plain),
             "unknown type": (body("type"), task_headers(), {**plain, "content_type": "text/x"}),
-            "unknown encoding": (
-                body("encoding"), task_headers(), {**plain, "content_encoding": "utf-99"}
-            ),
             "no arguments": (b"{}", task_headers(), plain),
             "a text": (b'"text"', task_headers(), plain),
             "not a date": (body("eta"), task_headers(eta="tomorrow"), plain),
@@ -68,10 +65,8 @@ def test_what_is_no_task_is_refused_and_recorded_and_harms_nobody(
         assert set(play.ended(good).values()) == {"SUCCESS"}
         play.eventually(lambda: play.in_broker() == 0, 15, "an empty queue")
         time.sleep(LEASE + 1)
-        kept = {letter.id for letter in play.dead_letters()}
-        unkept = [what for what, (_, headers, _) in forged.items() if headers.get("id") not in kept]
-        assert unkept == ["no id"]
-        assert len(kept) == len(forged)
+        kept = play.dead_letters()
+        assert len(kept) == len(forged), [(each.reason, each.error) for each in kept]
         assert play.in_broker() == 0  # and nothing came back
         assert worker.process.running
         assert set(play.runs()) == {"before", "after"}
@@ -110,7 +105,10 @@ def test_an_oversized_message_is_refused_and_recorded_and_harms_nobody(
 def test_what_is_not_even_a_message_is_refused_and_recorded_and_harms_nobody(
     stage: Callable[..., Stage], redis: RedisServer, pool: str
 ) -> None:
-    envelope = {"body": "e30=", "headers": task_headers(), "content-type": "application/json"}
+    def envelope(**changes: object) -> bytes:
+        whole = {"body": "e30=", "headers": task_headers(), "content-type": "application/json"}
+        return json.dumps(whole | changes).encode()
+
     info = {"exchange": "", "routing_key": "any"}
     properties = {"delivery_tag": "TAG", "delivery_info": info, "body_encoding": "base64"}
     broken = [
@@ -120,13 +118,13 @@ def test_what_is_not_even_a_message_is_refused_and_recorded_and_harms_nobody(
         b"[1, 2]",
         b"null",
         b"7",
-        json.dumps(envelope).encode(),
-        json.dumps(envelope | {"properties": {}}).encode(),
-        json.dumps(envelope | {"properties": properties | {"delivery_tag": 7}}).encode(),
-        json.dumps(envelope | {"properties": properties | {"delivery_info": "x"}}).encode(),
-        json.dumps(envelope | {"properties": properties, "body": "?"}).encode(),
-        json.dumps(envelope | {"properties": properties, "body": None}).encode(),
-        json.dumps(envelope | {"properties": properties, "headers": "none"}).encode(),
+        envelope(),
+        envelope(properties={}),
+        envelope(properties=properties | {"delivery_tag": 7}),
+        envelope(properties=properties | {"delivery_info": "x"}),
+        envelope(properties=properties, body="?"),
+        envelope(properties=properties, body=None),
+        envelope(properties=properties, headers="none"),
         b"[" * 100_000,
     ]
     with stage() as play, redis.client() as client:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 SECONDS = 30.0
 _AGAIN = 1.0  # seconds after which a renewal that failed is tried again
+_ENDING = 1.0  # seconds for the last calls
 _LONGEST = 4.0  # seconds between two looks for those that are gone
 
 # The server's time in milliseconds, as `now`.
@@ -146,18 +147,11 @@ class Keeper:
         self._wake.set()
 
     def stop(self) -> None:
-        """Release all leases."""
+        """Release all leases; of servers that do not answer at once, they are left to run out."""
         self._stopping = True
         self._wake.set()
         if self._thread is not None:
-            self._thread.join(self.seconds)
-        for holding in self._holdings:
-            try:
-                holding.lease.release()
-            except RedisError as error:
-                logger.warning("a lease is left to run out: %s", error)
-            holding.lease.client.close()
-        self._holdings.clear()
+            self._thread.join(_ENDING)
 
     def _run(self) -> None:
         while not self._stopping:
@@ -170,6 +164,13 @@ class Keeper:
                 following = min((each.due for each in self._holdings), default=now + 1)
             self._wake.wait(max(0.0, following - monotonic()))
             self._wake.clear()
+        for holding in self._holdings:
+            try:
+                holding.lease.release()
+            except RedisError as error:
+                logger.warning("a lease is left to run out: %s", error)
+            holding.lease.client.close()
+        self._holdings.clear()
 
     def _renew(self, holding: Holding) -> None:
         try:

@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 _AFTERWARDS = 1.8  # seconds from the end of the grace period to that of the process
 _PATIENCE = 1.0  # of these, for bodies that are cut off to clean up
 _FOR_OTHERS = 0.5  # of these, for the least where the rest did not fit
+_LEAVING = 12.0  # after it, for the lifespan and what else the application does at the end
 _SILENCE = 1.0  # seconds in which a broker has to answer
 _LOOK_EVERY = 0.2
 _MOST_SIGNALS = 2  # of those after which what runs is cut off; one more ends the process at once
@@ -118,11 +119,13 @@ class Shutdown(bootsteps.StartStopStep):  # type: ignore[misc]
                     signal.pthread_kill(self._main, signal.SIGQUIT)
         self._wake()
         self._listen(_AFTERWARDS - _FOR_OTHERS)
-        # No logging, whose lock the main thread may hold.
-        safe_say("worker: the shutdown takes long", sys.__stderr__)
         if not self._over:
+            # No logging, whose lock the main thread may hold.
+            safe_say("worker: the shutdown takes too long: the rest is for others", sys.__stderr__)
             threading.Thread(target=self._leave_to_others, daemon=True).start()
         self._listen(_FOR_OTHERS)
+        if self._worker.blueprint.shutdown_complete.is_set():
+            self._listen(_LEAVING)
         os._exit(EX_FAILURE if self._cuts > _MOST_SIGNALS else EX_OK)
 
     def _listen(self, seconds: float) -> None:
@@ -259,6 +262,7 @@ class Shutdown(bootsteps.StartStopStep):  # type: ignore[misc]
         if worker.hub is not None:
             worker.hub.close()
         worker.on_stopped()
+        worker.blueprint.shutdown_complete.set()
         signals.worker_shutdown.send(sender=worker)
         atexit._run_exitfuncs()
         sys.stdout.flush()

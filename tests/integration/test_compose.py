@@ -301,6 +301,12 @@ def dockerfile_steps() -> list[tuple[str, str]]:
     return [(name, rest.strip()) for name, _, rest in (line.partition(" ") for line in lines)]
 
 
+def test_docker_waits_for_what_a_worker_lets_run_and_gives_back(compose: dict[str, Any]) -> None:
+    worker = compose["services"]["celery_worker"]
+    assert worker["stop_grace_period"] == "2m"
+    assert 60 < float(worker["environment"]["CELERY_WORKER_SOFT_SHUTDOWN_TIMEOUT"]) < 120 - 2
+
+
 def test_compose_file_is_valid() -> None:
     command = ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", str(COMPOSE_FILE)]
     checked = subprocess.run(command, env=environment(), capture_output=True, text=True)

@@ -347,6 +347,21 @@ def test_code_is_reloaded_and_a_running_task_finishes(everything: Dev) -> None:
     assert everything.output.removeprefix(said).count(" changed: restarting") == 1
 
 
+def test_a_reload_cuts_no_task_off_however_short_the_grace_period(
+    start: Start, tmp_path: Path
+) -> None:
+    made = "create_celery(Settings(), worker_soft_shutdown_timeout=0.5)"
+    code = MAIN.replace('Celery("worker")', made).replace(
+        "from celery import Celery", "from celeriac import Settings, create_celery"
+    )
+    (tmp_path / "main.py").write_text(code)
+    dev = start(*BRIEF).up()
+    done = dev.start_slow(3)
+    (tmp_path / "main.py").write_text(code.replace("VERSION = 1", "VERSION = 2"))
+    dev.wait_for("Warm shutdown")
+    eventually(lambda: done.read_text() == "started\nfinished\n", what="the old worker's task ends")
+
+
 def test_code_that_does_not_start_is_tried_again_when_it_changes(everything: Dev) -> None:
     (everything.folder / "main.py").write_text("raise RuntimeError('half a thought')")
     everything.wait_for(r"celeriac \| web ended \(exit code 1\); starting it again in 0\.5 s")

@@ -2,12 +2,14 @@
 
 import json
 import signal
+from urllib.parse import urlsplit
 
 import pytest
 from celery import chord
 from celery.exceptions import WorkerLostError
 
 from celeriac.embedded import Valkey
+from chaos.proxy import Proxy
 from support import empty_redis, eventually, given
 from workers import BROKERS, Worker
 
@@ -100,15 +102,20 @@ def test_a_task_that_kills_its_worker_is_started_three_times_and_costs_no_other(
                 each.close()
 
 
-def test_what_kills_its_pools_process_is_not_waited_for_by_other_workers(
-    broker: str, valkey: Valkey
+@pytest.mark.parametrize("pool", ["celeriac", "prefork"])
+def test_what_runs_while_its_connection_breaks_does_not_run_again(
+    pool: str, valkey: Valkey
 ) -> None:
-    conf = {**LATE, "worker_concurrency": 1}
-    with (
-        worker(broker, valkey, "prefork", **conf) as first,
-        worker(broker, valkey, "prefork", "-Q", first.queue, **conf),
-    ):
-        with pytest.raises(Exception, match="3 times"):
-            first.send("die").get(timeout=40)
-        assert first.notes.llen("note:die-started") == 3
-        assert not first.notes.exists("celeriac:runs")
+    empty_redis(valkey.celery_url)
+    url = urlsplit(given("TEST_AMQP_URL"))
+    with Proxy(url.port or 5672) as proxy:
+        through = f"amqp://{url.username}:{url.password}@127.0.0.1:{proxy.port}{url.path}"
+        with worker(through, valkey, pool, **LATE) as running:
+            sent = running.send("wait", 5, "cut")
+            running.noted("cut-started")
+            proxy.reset()
+            running.process.wait_for("Connection to broker lost")
+            assert sent.get(timeout=30) == "waited"
+            running.process.wait_for("has ended since it came again", 10)
+            assert running.send("wait", 0, "cut").get(timeout=20) == "waited"
+            assert running.notes.llen("note:cut-started") == 1

@@ -336,7 +336,7 @@ class Channel(kombu_redis.Channel):
             holdings.acknowledged.popleft()
         *found, held = found
         # More than we know of: the client asked twice, since a reply was lost.
-        holdings.unsure = held > len(holdings.mine) + len(holdings.acknowledged) + len(found) // 2
+        holdings.unsure = held > len(holdings.mine) + len(holdings.acknowledged) + len(found) // 3
         return found
 
     # An idle worker waits for the server to say that one of its lists has changed. kombu's BRPOP

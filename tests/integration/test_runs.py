@@ -7,8 +7,10 @@ from urllib.parse import urlsplit
 import pytest
 from celery import chord
 from celery.exceptions import WorkerLostError
+from redis import Redis
 
 from celeriac.embedded import Valkey
+from celeriac.store import redis_url
 from chaos.proxy import Proxy
 from support import empty_redis, eventually, given
 from workers import BROKERS, Worker
@@ -95,7 +97,8 @@ def test_a_task_that_kills_its_worker_is_started_three_times_and_costs_no_other(
                 poison.get()
             assert {each.get(timeout=30) for each in good} == {"waited"}
             assert first.notes.llen("note:die-started") == 3
-            assert first.notes.hlen("celeriac:dead") == 1
+            with Redis.from_url(redis_url(_of_letters(broker, valkey))) as kept:
+                assert kept.hlen("celeriac:dead") == 1
             eventually(lambda: not first.notes.exists("unacked"))
         finally:
             for each in replaced:
@@ -119,3 +122,21 @@ def test_what_runs_while_its_connection_breaks_does_not_run_again(
             running.process.wait_for("has ended since it came again", 10)
             assert running.send("wait", 0, "cut").get(timeout=20) == "waited"
             assert running.notes.llen("note:cut-started") == 1
+
+
+def _of_letters(broker: str, valkey: Valkey) -> str:
+    return valkey.celery_url if broker.startswith("amqp") else broker
+
+
+def test_what_kills_its_pools_process_is_not_waited_for_by_other_workers(
+    broker: str, valkey: Valkey
+) -> None:
+    conf = {**LATE, "worker_concurrency": 1}
+    with (
+        worker(broker, valkey, "prefork", **conf) as first,
+        worker(broker, valkey, "prefork", "-Q", first.queue, **conf),
+    ):
+        with pytest.raises(Exception, match="3 times"):
+            first.send("die").get(timeout=40)
+        assert first.notes.llen("note:die-started") == 3
+        eventually(lambda: not first.notes.exists("celeriac:runs"))

@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 
 from billiard.einfo import ExceptionInfo
 from celery import Celery, Task, signals, states
+from celery.concurrency import prefork
 from celery.exceptions import BackendError, InvalidTaskError, NotRegistered
 from celery.utils.objects import Bunch
 from celery.worker import state as worker_state
@@ -197,11 +198,26 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         callbacks: Iterable[Any],
     ) -> Any:
         reject = partial(self._reject, message, reject)
+        if not task.acks_late and "id" in message.headers and runs.of(self.app) is not None:
+            ack = partial(self._acknowledge_early, task, message, ack)
         redelivered = (message.delivery_info or {}).get("redelivered")
         if not redelivered or "id" not in message.headers or runs.of(self.app) is None:
             return handle(message, body, ack, reject, callbacks)
         delivery = _Delivery(handle, task, message, body, ack, reject, callbacks)
         return self._look_at(delivery)
+
+    def _acknowledge_early(self, task: Task, message: Message, ack: _Handle, *log: Any) -> None:
+        """Record the run first: whoever dies now has taken a message that is nowhere else."""
+        known = runs.of(self.app)
+        # A process may have ended the task by the time it is heard that it began it.
+        if known is not None and not isinstance(self.pool, prefork.TaskPool):
+            payload = message.payload
+            follows = payload[2] if isinstance(payload, (list, tuple)) else {}
+            try:
+                known.announce(task.name, message.headers | message.properties | (follows or {}))
+            except RedisError as error:
+                logger.warning("a task begins whose run is not recorded yet: %r", error)
+        ack(*log)
 
     def _reject(
         self, message: Message, reject: _Handle, log: Any, errors: Any, requeue: bool = False

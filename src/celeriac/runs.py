@@ -196,6 +196,15 @@ class Runs:
         """Renew the lease of those that begin here, and end those whose worker is gone."""
         keeper.add(lease.Holding(self._lease, self._lose, self._take_over))
 
+    def announce(self, task: str, request: dict[str, Any]) -> None:
+        """Record a run that is about to be acknowledged, before it begins; once it did, no more."""
+        field = field_of_headers(request)
+        kept = {name: value for name in _KEPT if (value := request.get(name))}
+        context: str = dumps(kept | {"task": task})  # type: ignore[no-untyped-call]
+        now = int(time.time())
+        record = f'{{"n":0,"w":"{self.holder}","k":"","t":{now},"x":{context}}}'
+        execute(self._client, "HSETNX", self.key, field, record)
+
     def find(self, field: str) -> Record | None:
         raw = execute(self._client, "HGET", self.key, field)
         return Record.read(field, raw) if raw else None

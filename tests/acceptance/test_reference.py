@@ -307,7 +307,9 @@ def test_p28_a_soft_time_limit_from_the_environment_cuts_a_task(
     try:
         with python(*worker, "-n", "limited@%h", cwd=REFERENCE, env=env) as limited:
             node = limited.wait_for(r"(limited@\S+) ready\.").group(1)
-            (conf,) = system.producer.control.inspect([node], timeout=10).conf().values()
+            # It says that it is ready a moment before it listens.
+            inspect = system.producer.control.inspect([node], timeout=3)
+            (conf,) = eventually(inspect.conf, 30).values()
             assert conf["task_soft_time_limit"] == 2
             assert conf["worker_pool"] == (pool or "celeriac.pool:TaskPool")
             task_id = system.send(name, "a@example.com")

@@ -269,6 +269,8 @@ class Stage:
     # The end.
 
     def close(self) -> None:
+        if self._ending.is_set():
+            return
         self._ending.set()
         self._reviver.join()
         for worker in self.workers:

@@ -111,7 +111,7 @@ def remedy(error: PreconditionFailed) -> str:
     reason = str(error.reply_text).removeprefix("PRECONDITION_FAILED - ")
     found = re.search(r"for queue '([^']*)' in vhost '([^']*)'", reason)
     if found is None:
-        return f"RabbitMQ refuses a declaration: {reason}"
+        return f"RabbitMQ refuses: {reason}"
     name, vhost = found.groups()
     return (
         f"queue {name!r} exists on RabbitMQ with other properties ({reason}): empty it and "

@@ -6,10 +6,13 @@ from collections.abc import Callable
 
 import pytest
 
+from celeriac import rabbitmq
 from chaos.stage import BROKERS, LEASE, LONG, POOLS, Stage
 
 LIMIT = 2  # deliveries, below the starts that we allow
-QUORUM = json.dumps({"x-queue-type": "quorum", "x-delivery-limit": LIMIT})
+# Without a place for dead letters, RabbitMQ would drop it, and nobody could know: `celeriac doctor`
+# names such a queue.
+QUORUM = json.dumps(rabbitmq.queue("any").queue_arguments | {"x-delivery-limit": LIMIT})
 
 pytestmark = pytest.mark.skipif("rabbitmq" not in BROKERS, reason="needs RabbitMQ")
 

@@ -208,7 +208,8 @@ def test_whatever_is_put_there_is_kept_and_harms_nobody(client: Profiled) -> Non
 
 def test_a_run_that_goes_on_ends_as_it_does(client: Profiled) -> None:
     other = f"{client.queue}-other"
-    with client.worker(*SOLO), client.worker(*SOLO, "-Q", other, "-n", f"{other}@%h"):
+    free = ("-P", "threads", "-c", "2")  # whose main loop goes on, whichever takes it
+    with client.worker(*free), client.worker(*free, "-Q", other, "-n", f"{other}@%h"):
         running = client.send("slow", "slow", 4)
         client.noted("slow", 1)
         death = [{"reason": "delivery_limit", "queue": client.queue}]

@@ -19,9 +19,11 @@ from celery import Celery, Task
 from celery.exceptions import Reject
 
 from celeriac import Settings, create_celery
+from celeriac.embedded import die_with_parent
 from chaos.ledger import Ledger
 from chaos.queues import queues
 
+die_with_parent(int(os.environ["PARENT"]))  # a test that is killed leaves no worker
 ledger = Ledger.open(os.environ["LEDGER"], os.environ["BOOK"])
 
 

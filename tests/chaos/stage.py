@@ -118,6 +118,7 @@ class Stage:
             "CELERY_WORKER_LOST_WAIT": "1",
             "LEDGER": ledger,
             "BOOK": self.token,
+            "PARENT": str(os.getpid()),
             "PYTHONPATH": str(ROOT / "tests"),
         } | env  # fmt: skip
         self.client: Any = self._client(broker, backend)

@@ -32,9 +32,9 @@ def test_control_answers_while_a_thousand_tasks_run_and_one_blocks(
     concurrency = {"celeriac": 1010, "threads": 50, "prefork": 4}[pool]
     with stage() as play:
         worker = play.worker(pool, concurrency).wait_until_ready()
-        blocking = play.send("work", "blocks", 8.0)
-        play.written("begin", ["blocks"])
-        sent = [play.send("awork", f"t{number}", 5.0) for number in range(1000)]
+        blocking = play.send("work", "blocks", 60.0)
+        play.written("begin", ["blocks"])  # nobody waits for the ends of all these
+        sent = [play.send("awork", f"t{number}", 30.0) for number in range(1000)]
         play.written("begin", [f"t{number}" for number in range(min(concurrency - 1, 1000))])
         if pool == "celeriac":  # whose loop is that of the thousand
             play.send("block_loop", "blocks the loop", 3.0)

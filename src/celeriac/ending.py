@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -61,6 +61,7 @@ class Own(Ending):
 
 class Processes(Ending):
     _pids: frozenset[int] = frozenset()
+    _results: Sequence[Any] = ()
 
     def close(self, turn: Callable[[], None]) -> None:
         # Where it is not known whether a task has begun, two workers would run it.
@@ -73,6 +74,8 @@ class Processes(Ending):
 
     def cut_off(self, requests: Iterable[Request]) -> None:
         self._pids = frozenset(self._pool.info["processes"])
+        results = [request._apply_result and request._apply_result() for request in requests]
+        self._results = [result for result in results if result is not None]
         super().cut_off(requests)
         for pid in self._pids - {request.worker_pid for request in requests}:
             self._pool.terminate_job(pid)
@@ -86,6 +89,8 @@ class Processes(Ending):
             if not _is_gone(pid):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+        for result in self._results:
+            result.discard()  # or the pool would wait for it
 
 
 def _is_sent(request: Request) -> bool:

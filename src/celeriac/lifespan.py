@@ -67,6 +67,7 @@ class _Process:
 
     def __init__(self) -> None:
         self.entered: _Entered | None = None
+        self.leaving = False
         os.register_at_fork(after_in_child=self._forget)
 
     def _forget(self) -> None:
@@ -81,14 +82,22 @@ class _Process:
         entered, self.entered = self.entered, None
         if entered is None:
             return
+        self.leaving = True
         try:
             bridge.run(entered.leave())
         except Exception:
             logger.exception("the worker's lifespan was not left as it should be")
+        finally:
+            self.leaving = False
 
 
 _process = _Process()
 leave = _process.leave
+
+
+def is_leaving() -> bool:
+    """Whether this process's lifespan is being left."""
+    return _process.leaving
 
 
 def _of_worker(instance: Any, **_: Any) -> None:

@@ -35,14 +35,14 @@ from celery.worker import state as worker_state
 from celery.worker.request import Request
 from kombu.message import Message
 
-from celeriac import delivery, ending, lease, runs
+from celeriac import delivery, ending, lease, lifespan, runs
 
 logger = logging.getLogger(__name__)
 
-_AFTERWARDS = 1.8  # seconds from the end of the grace period to that of the process
-_PATIENCE = 1.0  # of these, for bodies that are cut off to clean up
-_FOR_OTHERS = 0.5  # of these, for the least where the rest did not fit
-_LEAVING = 12.0  # after it, for the lifespan and what else the application does at the end
+_AFTERWARDS = 1.6  # seconds from the end of the grace period to that of the process
+_PATIENCE = 0.8  # of these, for bodies that are cut off to clean up
+_FOR_OTHERS = 0.4  # of these, for the least where the rest did not fit
+_LEAVING = 12.0  # after these, for the lifespan
 _SILENCE = 1.0  # seconds in which a broker has to answer
 _LOOK_EVERY = 0.2
 _MOST_SIGNALS = 2  # of those after which what runs is cut off; one more ends the process at once
@@ -72,6 +72,8 @@ class Shutdown(bootsteps.StartStopStep):  # type: ignore[misc]
     def start(self, worker: Any) -> None:
         self._pool = ending.kind_of(worker.pool_cls)(worker.pool)  # type: ignore[misc]
         self._grace = worker.app.conf.worker_soft_shutdown_timeout or None
+        # As late as can be: Python would let a signal during its own end kill the process.
+        atexit.register(_hear_no_more)
         threading.Thread(target=self._guard, name="celeriac-shutdown", daemon=True).start()
         self._await("SIGINT")
         # As Celery has it: without a grace period such a SIGTERM is a SIGQUIT.
@@ -124,7 +126,7 @@ class Shutdown(bootsteps.StartStopStep):  # type: ignore[misc]
             safe_say("worker: the shutdown takes too long: the rest is for others", sys.__stderr__)
             threading.Thread(target=self._leave_to_others, daemon=True).start()
         self._listen(_FOR_OTHERS)
-        if self._worker.blueprint.shutdown_complete.is_set():
+        if lifespan.is_leaving():  # which ends by itself
             self._listen(_LEAVING)
         os._exit(EX_FAILURE if self._cuts > _MOST_SIGNALS else EX_OK)
 
@@ -262,12 +264,16 @@ class Shutdown(bootsteps.StartStopStep):  # type: ignore[misc]
         if worker.hub is not None:
             worker.hub.close()
         worker.on_stopped()
-        worker.blueprint.shutdown_complete.set()
         signals.worker_shutdown.send(sender=worker)
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(worker.exitcode or EX_OK)
+
+
+def _hear_no_more() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _not_begun(consumer: Any) -> list[Request]:

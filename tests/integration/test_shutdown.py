@@ -23,7 +23,8 @@ TERM, INT, QUIT = signal.SIGTERM, signal.SIGINT, signal.SIGQUIT
 
 
 def worker(broker: str, valkey: Valkey, pool: str, *options: str, **conf: Any) -> Worker:
-    env = {"REMAP_SIGTERM": conf.pop("remap")} if "remap" in conf else {}
+    variables = {"REMAP_SIGTERM": "remap", "SLOW_END": "slow_end"}
+    env = {name: conf.pop(key) for name, key in variables.items() if key in conf}
     conf = {"task_track_started": True, "worker_soft_shutdown_timeout": GRACE, **conf}
     options = ("--without-mingle", "--without-gossip", *options)
     env |= {"CONF": json.dumps(conf), "LEASE": str(LONG)}
@@ -207,3 +208,12 @@ def test_a_server_that_is_away_holds_up_no_end(
         assert time.monotonic() - began < GRACE + 8  # of a busy machine; it takes 2 s more
         if silent:
             os.kill(away.process.pid, signal.SIGCONT)
+
+
+def test_a_signal_while_python_ends_is_not_the_end_of_the_worker(valkey: Valkey) -> None:
+    empty_redis(valkey.celery_url)
+    with worker(valkey.celery_url, valkey, "celeriac", slow_end="1") as ending:
+        ending.process.signal(TERM)
+        ending.process.wait_for("the last object")
+        ending.process.signal(TERM)
+        assert ending.process.wait() == 0

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,8 @@ from chaos.stage import BROKERS, LEASE, LONG, POOLS, Stage
 LIMIT = 2  # deliveries, below the starts that we allow
 # Without a place for dead letters, RabbitMQ would drop it, and nobody could know: `celeriac doctor`
 # names such a queue.
-QUORUM = json.dumps(rabbitmq.queue("any").queue_arguments | {"x-delivery-limit": LIMIT})
+ANY: Any = rabbitmq.queue("any")
+QUORUM = json.dumps(ANY.queue_arguments | {"x-delivery-limit": LIMIT})
 
 pytestmark = pytest.mark.skipif("rabbitmq" not in BROKERS, reason="needs RabbitMQ")
 

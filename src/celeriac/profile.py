@@ -15,7 +15,7 @@ from kombu.entity import Exchange, Queue
 
 from celeriac import rabbitmq
 
-HEARTBEAT = 4.0  # seconds
+HEARTBEAT = 3.0  # seconds
 SERVER_TIMEOUT = 2.0  # seconds; Celery's own defaults wait 20 s, or for ever
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL, of Docker; Kubernetes gives 30
 _DAY = 86400.0

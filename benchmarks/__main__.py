@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks import report, rows
-from benchmarks.measure import Figures, published, worked_off
+from benchmarks.measure import Figures, answered, published, worked_off
 from benchmarks.process import RowError, bin_of, server
 from benchmarks.rows import Row
 
@@ -29,6 +29,7 @@ class Part:
 
 CALLS = ("messages_per_second", "call_p50_ms", "call_p99_ms", "loop_lag_p99_ms", "cpu_us")
 RATE = ("tasks_per_second", "cpu_us", "peak_mb")
+ROUND_TRIP = ("round_trip_p50_ms", "round_trip_p99_ms", "cpu_us")
 TIME = ("seconds", "cpu_us", "peak_mb")
 BENCHMARKS = {
     "worker": [Part("noop", rows.WORKER, 5000, partial(worked_off, argument=None), RATE)],
@@ -36,6 +37,7 @@ BENCHMARKS = {
         Part("wait", rows.IO, 2000, partial(worked_off, argument=0.1), ("tasks_per_second", *TIME)),
         Part("crowd", rows.CROWD, 10_000, partial(worked_off, argument=1.0), TIME),
     ],
+    "latency": [Part("idle", rows.LATENCY, 1000, answered, ROUND_TRIP)],
     "publish": [
         Part("handlers", rows.PUBLISH, 10_000, partial(published, mode="handlers"), CALLS),
         Part("once", rows.ONCE, 10_000, partial(published, mode="once"), ("seconds", "cpu_us")),

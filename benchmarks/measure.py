@@ -67,3 +67,20 @@ def _produce(row: Row, arguments: str, folder: Path, env: dict[str, str]) -> Fig
     with child(command, row.framework.environment, folder / "producer.log", env) as producer:
         figures: Figures = json.loads(producer.result(END))
     return figures
+
+
+def answered(row: Row, redis: str, folder: Path, *, count: int) -> Figures:
+    """A client that waits for each task before it sends the next, and a worker that has no other.
+
+    The worker's CPU is that of a task that comes alone.
+    """
+    env = {"BENCH_REDIS_URL": redis, "BENCH_TICKS": str(folder / "ticks"), **row.env}
+    with Redis.from_url(redis) as client:
+        client.flushdb()
+    command = row.command.replace("{redis}", redis)
+    with child(command, row.framework.environment, folder / "log", env) as worker:
+        mode = f"latency {row.framework.app} {row.task}"
+        _produce(row, f"{mode} 1", folder, env)  # until it has started
+        used = worker.cpu()
+        figures = _produce(row, f"{mode} {count}", folder, env)
+        return {**figures, "cpu_us": (worker.cpu() - used) / count * 1e6, "peak_mb": worker.peak()}

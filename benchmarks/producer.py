@@ -3,6 +3,7 @@
     python -m benchmarks.producer fill APP SENDER TASK ARGUMENT COUNT    fill a queue
     python -m benchmarks.producer handlers APP SENDER COUNT       50 concurrent handlers
     python -m benchmarks.producer once APP FUNCTION COUNT         all in one call
+    python -m benchmarks.producer latency APP TASK COUNT          one after the other, each awaited
 
 The last line of its output is the figures, as JSON.
 """
@@ -22,6 +23,7 @@ import uvloop
 from benchmarks.body import PAYLOAD
 
 HANDLERS = 50
+LATENCY_FIRST = 20  # round trips that are not counted: connections are made
 TICK = 0.002  # seconds between two looks at the loop's lag
 Send = Callable[[Any], Awaitable[Any]]
 
@@ -98,8 +100,24 @@ async def once(app: Any, function: str, count: int) -> dict[str, float]:
     return {"seconds": seconds, "cpu_us": used / count * 1e6}
 
 
+async def latency(app: Any, task: str, count: int) -> dict[str, float]:
+    """Round trips of plain Celery's client, whichever worker answers: `delay` to `get`."""
+    from benchmarks.apps import stock  # not in the peers' environments
+
+    times: list[float] = []
+    for number in range(count + LATENCY_FIRST):
+        before = time.perf_counter()
+        stock.app.send_task(f"{app.__name__}.{task}", (PAYLOAD,)).get(timeout=10)
+        if number >= LATENCY_FIRST:
+            times.append(time.perf_counter() - before)
+    return {
+        "round_trip_p50_ms": percentile(times, 0.5) * 1e3,
+        "round_trip_p99_ms": percentile(times, 0.99) * 1e3,
+    }
+
+
 MODES: dict[str, Callable[..., Coroutine[Any, Any, dict[str, float]]]]
-MODES = {"fill": fill, "handlers": handlers, "once": once}
+MODES = {"fill": fill, "handlers": handlers, "once": once, "latency": latency}
 
 
 def main(mode: str, app: str, *arguments: str) -> None:

@@ -70,9 +70,22 @@ _POOL = {"BENCH_POOL": "celeriac.pool:TaskPool"}
 _LATE = "late acknowledgement"
 WORKER = [
     Row("Celery prefork -c 2", CELERY, f"{_STOCK} -P prefork -c 2", note=_LATE),
+    Row(
+        "Celery prefork -c 2, events",
+        CELERY,
+        f"{_STOCK} -P prefork -c 2 -E",
+        note=f"{_LATE}, task events on",
+    ),
     Row("Celery threads -c 2", CELERY, f"{_STOCK} -P threads -c 2", note=_LATE),
     Row("Celery solo", CELERY, f"{_STOCK} -P solo", note=_LATE),
     Row("celeriac pool", OURS, f"{_OURS} -c 100", env=_POOL, note=f"async def, {_LATE}"),
+    Row(
+        "celeriac pool, events",
+        OURS,
+        f"{_OURS} -c 100 -E",
+        env=_POOL,
+        note=f"async def, {_LATE}, task events on",
+    ),
     Row(
         "celeriac pool, sync",
         OURS,
@@ -157,6 +170,15 @@ IO = [
 ]
 CROWD = [
     Row("celeriac pool -c 10000", OURS, f"{_OURS} -c 10000", "wait", env=_POOL, note=_LATE),
+]
+
+LATENCY = [
+    Row("Celery solo", CELERY, f"{_STOCK} -P solo", note=_LATE),
+    Row("Celery prefork -c 1", CELERY, f"{_STOCK} -P prefork -c 1", note=_LATE),
+    Row("Celery threads -c 1", CELERY, f"{_STOCK} -P threads -c 1", note=_LATE),
+    Row("celeriac pool", OURS, f"{_OURS} -c 100", env=_POOL, note=f"async def, {_LATE}"),
+    Row("celeriac solo", OURS, f"{_OURS} -P solo", "noop_sync", note=f"def, {_LATE}"),
+    Row("celeriac prefork -c 1", OURS, f"{_OURS} -P prefork -c 1", "noop_sync", note=_LATE),
 ]
 
 PUBLISH = [

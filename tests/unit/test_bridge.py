@@ -311,3 +311,18 @@ def test_the_threads_end_when_they_are_shut_down() -> None:
         future.result(5)
     threads.shutdown()
     eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith("test-ended")])
+
+
+def test_a_call_that_ended_leaves_nothing_to_collect() -> None:
+    async def main() -> None:
+        await bridge.call(lambda: bridge.run(asyncio.sleep(0)))  # the first makes what stays
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(10):
+                await bridge.call(lambda: bridge.run(asyncio.sleep(0)))
+            assert gc.collect() == 0
+        finally:
+            gc.enable()
+
+    asyncio.run(main())

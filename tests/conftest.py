@@ -15,6 +15,19 @@ for name in set(os.environ) - set(clean_environment()):
     del os.environ[name]
 
 
+def _own_services(number: int) -> None:
+    """The Redis database and the virtual host of the `number`th of the processes side by side."""
+    if url := os.environ.get("TEST_REDIS_URL"):
+        address, _, database = url.rpartition("/")
+        os.environ["TEST_REDIS_URL"] = f"{address}/{int(database) - number}"
+    if url := os.environ.get("TEST_AMQP_URL"):
+        os.environ["TEST_AMQP_URL"] = f"{url}-{number}"
+
+
+if number := int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")):
+    _own_services(number)
+
+
 @pytest.fixture(scope="session")
 def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Valkey]:
     """An embedded server for all tests that do not restart it."""

@@ -7,6 +7,7 @@ is a dead letter.
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from amqp.exceptions import ResourceLocked
 from billiard.einfo import ExceptionInfo
 from celery import Celery, Task, signals, states
 from celery.concurrency import prefork
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 MAX_DELIVERIES = 3
 _LOOK_AGAIN = 1.0  # seconds
+_LOCKED = 0.5  # seconds until a queue is asked for again that the lost connection still has
 
 max_deliveries: WeakKeyDictionary[Celery, int] = WeakKeyDictionary()
 
@@ -76,6 +79,34 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         self._connected = 0
         self._waiting: set[_Delivery] = set()
         super().__init__(*args, **options)
+        # RabbitMQ has not noticed yet that the connection is gone which the queue of the worker's
+        # remote control belongs to: Celery would end the worker.
+        self.connection_errors = (*self.connection_errors, ResourceLocked)
+
+    def connection_for_read(self, heartbeat: float | None = None) -> Any:
+        return self._connected_to(self.app.connection_for_read, heartbeat=heartbeat)
+
+    def connection_for_write(self, url: str | None = None, heartbeat: float | None = None) -> Any:
+        return self._connected_to(self.app.connection_for_write, url=url, heartbeat=heartbeat)
+
+    def _connected_to(self, make: Callable[..., Any], **options: Any) -> Any:
+        """Over these go events and answers to remote control, which no task is lost with.
+
+        To have each confirmed would stop the worker's main loop as long as RabbitMQ is silent.
+        """
+        if make().transport.driver_type == "amqp":
+            options["transport_options"] = {"confirm_publish": False}
+        return self.ensure_connected(make(**options))
+
+    def on_connection_error_after_connected(self, exc: Exception) -> None:
+        super().on_connection_error_after_connected(exc)
+        dispatcher = self.event_dispatcher
+        if dispatcher is not None and dispatcher.connection is not None:
+            # The network that lost the one lost this one too: Celery would say goodbye to RabbitMQ
+            # over it, and wait for the answer before it connects again.
+            dispatcher.connection.collect()
+        if isinstance(exc, ResourceLocked):
+            time.sleep(_LOCKED)
 
     def update_strategies(self) -> None:
         super().update_strategies()

@@ -16,6 +16,7 @@ from kombu.entity import Exchange, Queue
 from celeriac import rabbitmq
 
 HEARTBEAT = 3.0  # seconds
+SILENCE = 5.0  # seconds without RabbitMQ's answer after which a connection is lost
 SERVER_TIMEOUT = 2.0  # seconds; Celery's own defaults wait 20 s, or for ever
 _GRACE = 10.0  # seconds between SIGTERM and SIGKILL, of Docker; Kubernetes gives 30
 _DAY = 86400.0
@@ -66,6 +67,9 @@ _REDIS_OPTIONS: dict[str, Any] = {
 _AMQP_OPTIONS: dict[str, Any] = {
     # `delay` returns when RabbitMQ has stored the message, or raises.
     "confirm_publish": True,
+    # Whoever waits for an answer through a network that swallows it would wait for ever.
+    "read_timeout": SILENCE,
+    "write_timeout": SILENCE,
 }
 
 

@@ -73,7 +73,8 @@ class FileLedger(Ledger):
     def entries(self) -> list[Entry]:
         if not Path(self.at).exists():
             return []
-        lines = Path(self.at).read_text().splitlines()
+        whole, _, _ = Path(self.at).read_text().rpartition("\n")  # the last may be on its way
+        lines = whole.splitlines()
         found = [Entry(**json.loads(line)) for line in lines]
         return [entry for entry in found if entry.book == self.book]
 

@@ -7,7 +7,6 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
-from typing import Any
 
 import pytest
 
@@ -72,16 +71,9 @@ def cases() -> list[tuple[str, str, Fault]]:
     return [(broker, "celeriac", fault) for broker in BROKERS for fault in SHORT[broker]]
 
 
-def marked(broker: str, pool: str, fault: Fault) -> Any:
-    # Known: two heartbeats of 3 s and the way back take 7 to 12 s where the machine is busy.
-    late = pytest.mark.xfail(strict=False, reason="a black hole before RabbitMQ")
-    marks = [late] if (broker, fault) == ("rabbitmq", black_holed) else []
-    return pytest.param(broker, pool, fault, marks=marks)
-
-
 @pytest.mark.parametrize(
     ("broker", "pool", "fault"),
-    [marked(*case) for case in cases()],
+    cases(),
     ids=lambda each: getattr(each, "__name__", each),
     indirect=["broker"],
 )

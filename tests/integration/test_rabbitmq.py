@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 from amqp.exceptions import NotFound, PreconditionFailed
@@ -14,9 +15,10 @@ from celery import Celery
 from kombu.entity import Exchange, Queue
 from kombu.exceptions import OperationalError
 
-from celeriac import PublishError, adelay, asend_task, rabbitmq
+from celeriac import PublishError, adelay, asend_task, profile, rabbitmq
 from celeriac.embedded import Valkey
 from celeriac.publish import aapply_async
+from chaos.proxy import Proxy
 from profiles import Profiled
 from support import empty_redis, eventually, given
 
@@ -204,6 +206,29 @@ def send(app: Celery, sends: str, **options: Any) -> None:
         signature.apply_async(**options)
     else:
         asyncio.run(aapply_async(signature, **options))
+
+
+def test_a_confirmation_that_never_comes_is_not_waited_for_for_ever(valkey: Valkey) -> None:
+    url = urlsplit(given("TEST_AMQP_URL"))
+    with Proxy(url.port or 5672) as proxy:
+        through = f"amqp://{url.username}:{url.password}@127.0.0.1:{proxy.port}{url.path}"
+        client = Profiled(through, valkey.celery_url)
+        client.app.conf.broker_pool_limit = 1
+        try:
+            client.send("note", "one")
+            proxy.swallow()
+            began = time.monotonic()
+            with pytest.raises(OperationalError):
+                client.send("note", "two")
+            assert time.monotonic() - began < 4 * profile.SILENCE
+            proxy.heal()
+            client.send("note", "three")
+            assert count(client, client.queue) == 2
+        finally:
+            proxy.heal()
+            delete(client)
+            client.app.pool.force_close_all()
+            client.close()
 
 
 def test_a_queue_that_exists_as_another_one_is_one_line_that_says_what_to_do(make: Make) -> None:

@@ -81,7 +81,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         super().__init__(*args, **options)
         # RabbitMQ has not noticed yet that the connection is gone which the queue of the worker's
         # remote control belongs to: Celery would end the worker.
-        self.connection_errors = (*self.connection_errors, ResourceLocked)
+        self.connection_errors += (ResourceLocked,)
 
     def connection_for_read(self, heartbeat: float | None = None) -> Any:
         return self._connected_to(self.app.connection_for_read, heartbeat=heartbeat)

@@ -174,6 +174,13 @@ CROWD = [
 
 LATENCY = [
     Row("Celery solo", CELERY, f"{_STOCK} -P solo", note=_LATE),
+    Row(
+        "Celery solo, STARTED",
+        CELERY,
+        f"{_STOCK} -P solo",
+        env={"BENCH_STARTED": "1"},
+        note=f"{_LATE}, task_track_started",
+    ),
     Row("Celery prefork -c 1", CELERY, f"{_STOCK} -P prefork -c 1", note=_LATE),
     Row("Celery threads -c 1", CELERY, f"{_STOCK} -P threads -c 1", note=_LATE),
     Row("celeriac pool", OURS, f"{_OURS} -c 100", env=_POOL, note=f"async def, {_LATE}"),

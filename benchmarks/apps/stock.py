@@ -1,6 +1,7 @@
 """Celery as it is."""
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from benchmarks.body import PAYLOAD, URL, begin, end
 
 app = Celery("bench", broker=URL, backend=URL)
 app.conf.task_acks_late = True
+app.conf.task_track_started = bool(os.environ.get("BENCH_STARTED"))
 
 
 @app.task

@@ -356,7 +356,10 @@ class _Waiting:
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Begin, on the loop's thread."""
-        self._task = loop.create_task(self._run(), name="celeriac-body", context=self._context)
+        try:
+            self._task = loop.create_task(self._run(), name="celeriac-body", context=self._context)
+        except BaseException as error:  # without memory for it; the thread must not wait for ever
+            self.outcome.set_exception(error)
 
     async def _run(self) -> None:
         """Never raises: a SystemExit, as Celery's WorkerShutdown is, would end the loop with it."""
@@ -374,7 +377,12 @@ os.register_at_fork(after_in_child=_awaited.clear)
 
 def _from_thread(function: Callable[..., T], coroutine: Coroutine[Any, Any, T]) -> T:
     _refuse_green_threads(coroutine)
-    loop, waiting = _process.get(), _Waiting(function, coroutine)
+    try:
+        loop = _process.get()
+    except BaseException:
+        coroutine.close()
+        raise
+    waiting = _Waiting(function, coroutine)
     if asyncio._get_running_loop() is loop:  # it would wait for itself, and all tasks with it
         coroutine.close()
         raise LoopWouldWaitError

@@ -240,12 +240,13 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
     def _acknowledge_early(self, task: Task, message: Message, ack: _Handle, *log: Any) -> None:
         """Record the run first: whoever dies now has taken a message that is nowhere else."""
         known = runs.of(self.app)
-        # A process may have ended the task by the time it is heard that it began it.
-        if known is not None and not isinstance(self.pool, prefork.TaskPool):
+        if known is not None:
+            elsewhere = isinstance(self.pool, prefork.TaskPool)
             payload = message.payload
             follows = payload[2] if isinstance(payload, (list, tuple)) else {}
             try:
-                known.announce(task.name, message.headers | message.properties | (follows or {}))
+                request = message.headers | message.properties | (follows or {})
+                known.announce(task.name, request, elsewhere=elsewhere)
             except RedisError as error:
                 logger.warning("a task begins whose run is not recorded yet: %r", error)
         ack(*log)
@@ -280,6 +281,12 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         if alive or runs_here(field):
             delivery.contended = True
             return self._wait(delivery)
+        if not delivery.task.acks_late:
+            # Its acknowledgement did not arrive, and yet it must not begin a second time.
+            if record is not None:
+                self._end_lost(known, record)
+            if record is not None or known.over(field):
+                return self._drop(delivery)
         if record is None:
             return self._drop(delivery) if self._has_ended(delivery) else self._run(delivery)
         if record.starts >= max_deliveries.get(self.app, MAX_DELIVERIES):
@@ -289,6 +296,14 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         self._let_others_by(delivery)
         self._suspects.append(delivery)
         return None
+
+    def _end_lost(self, known: runs.Runs, record: runs.Record) -> None:
+        try:
+            known.end_lost(record)
+        except AWAY:
+            raise
+        except Exception:  # of what follows it; whoever misses its worker tries again
+            logger.exception("the end of %s is not recorded yet", record.field)
 
     def _has_ended(self, delivery: _Delivery) -> bool:
         """Whether the run that was waited for came to an end, and only its acknowledgement not."""

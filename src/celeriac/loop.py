@@ -37,13 +37,18 @@ class ProcessLoop:
         with self._lock:
             if self._loop is None:
                 # In an empty context: the loop would keep the first caller's for ever.
-                self._loop = Context().run(_new_event_loop)
-                self._loop.set_task_factory(self._task_factory)
-                self._thread = threading.Thread(
-                    target=_run, args=(self._loop,), name="celeriac-loop", daemon=True
+                loop = Context().run(_new_event_loop)
+                loop.set_task_factory(self._task_factory)
+                thread = threading.Thread(
+                    target=_run, args=(loop,), name="celeriac-loop", daemon=True
                 )
-                self._thread.start()
-                _Watch(self._loop, self._thread).start()
+                try:
+                    thread.start()
+                except BaseException:  # no memory for one: the next caller may have more luck
+                    loop.close()
+                    raise
+                self._loop, self._thread = loop, thread
+                _Watch(loop, thread).start()
             return self._loop
 
     def close(self) -> None:

@@ -332,7 +332,12 @@ class TaskPool(BasePool):  # type: ignore[misc]
 
     def _spawn(self, job: Job) -> None:
         context = self._context.copy()
-        job.asyncio_task = self._loop.create_task(self._trace(job), name=job.name, context=context)
+        try:
+            traced = self._loop.create_task(self._trace(job), name=job.name, context=context)
+        except BaseException:  # without memory for it; it must not run for ever
+            self._post(self._end, job, partial(job.error_callback, ExceptionInfo()))
+        else:
+            job.asyncio_task = traced
 
     async def _trace(self, job: Job) -> None:
         timers = []

@@ -89,6 +89,16 @@ return 1
 """
 )
 
+# A process that is quicker than the worker's own may have ended it by now.
+_ANNOUNCE = Script(
+    _STATUS
+    + """
+local old = status()
+if ends[old] or (old == 'RETRY' and ARGV[3] == '1') then return 0 end
+return redis.call('HSETNX', KEYS[2], ARGV[1], ARGV[2])
+"""
+)
+
 # Not while its worker is alive: it may be running.
 _FORGET = Script("""
 local old = redis.call('HGET', KEYS[1], ARGV[1])
@@ -196,14 +206,20 @@ class Runs:
         """Renew the lease of those that begin here, and end those whose worker is gone."""
         keeper.add(lease.Holding(self._lease, self._lose, self._take_over))
 
-    def announce(self, task: str, request: dict[str, Any]) -> None:
-        """Record a run that is about to be acknowledged, before it begins; once it did, no more."""
+    def announce(self, task: str, request: dict[str, Any], *, elsewhere: bool) -> None:
+        """Record a run that is about to be acknowledged; once it has begun or ended, no more.
+
+        `elsewhere`: in another process, where it may have. Of a second attempt that begins after
+        a first one it cannot be told whether it has ended as that did: then it is not recorded.
+        """
         field = field_of_headers(request)
         kept = {name: value for name in _KEPT if (value := request.get(name))}
         context: str = dumps(kept | {"task": task})  # type: ignore[no-untyped-call]
         now = int(time.time())
         record = f'{{"n":0,"w":"{self.holder}","k":"","t":{now},"x":{context}}}'
-        execute(self._client, "HSETNX", self.key, field, record)
+        keys = [self._app.backend.get_key_for_task(request["id"]), self.key]
+        retry_ends = elsewhere or not request.get("retries")
+        _ANNOUNCE.run(self._client, keys, field, record, int(retry_ends))
 
     def find(self, field: str) -> Record | None:
         raw = execute(self._client, "HGET", self.key, field)
@@ -284,6 +300,10 @@ class Runs:
         """Its message goes back to the queue, or is there: it waits again, and has not ended."""
         if self._replace(record, states.PENDING, w=""):
             logger.warning("task %s lost its process and waits again", record.field)
+
+    def end_lost(self, record: Record) -> None:
+        """End a run that was acknowledged early, or about to be, and whose worker is gone."""
+        self._fail(record)
 
     def _fail(self, record: Record, reason: str = _LOST) -> None:
         """Its message is gone: nobody else can say how it ended."""

@@ -60,6 +60,21 @@ def test_what_a_killed_worker_had_acknowledged_ends_as_a_failure(
         eventually(lambda: not second.notes.exists("celeriac:runs"))
 
 
+def test_an_early_acknowledgement_that_was_lost_lets_nothing_begin_a_second_time(
+    pool: str, valkey: Valkey
+) -> None:
+    empty_redis(valkey.celery_url)
+    with worker(valkey.celery_url, valkey, pool) as first:
+        sent = first.signature("wait_early", 0).apply_async(queue="held")
+        message = json.loads(first.notes.rpop("held"))
+        first.notes.lpush(first.queue, json.dumps(message))
+        assert sent.get(timeout=20) == "waited"
+        message["properties"]["delivery_info"]["redelivered"] = True
+        first.notes.lpush(first.queue, json.dumps(message))
+        first.process.wait_for("has ended since it came again", 20)
+        assert first.notes.llen("note:early-started") == 1
+
+
 def test_what_a_killed_worker_had_not_acknowledged_waits_again_and_runs(
     pool: str, broker: str, valkey: Valkey
 ) -> None:

@@ -326,3 +326,19 @@ def test_a_call_that_ended_leaves_nothing_to_collect() -> None:
             gc.enable()
 
     asyncio.run(main())
+
+
+def test_a_loop_whose_thread_did_not_start_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def body() -> str:
+        return "run"
+
+    with monkeypatch.context() as without, pytest.raises(RuntimeError, match="new thread"):
+        without.setattr(threading.Thread, "start", _no_new_thread)
+        bridge.run(body())
+    assert bridge.run(body()) == "run"
+
+
+def _no_new_thread(_: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")

@@ -66,7 +66,9 @@ def test_an_early_acknowledgement_that_was_lost_lets_nothing_begin_a_second_time
     empty_redis(valkey.celery_url)
     with worker(valkey.celery_url, valkey, pool) as first:
         sent = first.signature("wait_early", 0).apply_async(queue="held")
-        message = json.loads(first.notes.rpop("held"))
+        raw = first.notes.rpop("held")
+        assert isinstance(raw, bytes)
+        message = json.loads(raw)
         first.notes.lpush(first.queue, json.dumps(message))
         assert sent.get(timeout=20) == "waited"
         message["properties"]["delivery_info"]["redelivered"] = True

@@ -334,9 +334,10 @@ def test_a_loop_whose_thread_did_not_start_is_not_waited_for(
     async def body() -> str:
         return "run"
 
-    with monkeypatch.context() as without, pytest.raises(RuntimeError, match="new thread"):
+    with monkeypatch.context() as without:
         without.setattr(threading.Thread, "start", _no_new_thread)
-        bridge.run(body())
+        with pytest.raises(RuntimeError, match="new thread"):
+            bridge.run(body())
     assert bridge.run(body()) == "run"
 
 

@@ -6,6 +6,7 @@ as well as sending, or those who hold the producers would never come to give the
 reason those who send have threads of their own.
 """
 
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -31,34 +32,57 @@ class _Producer(Producer):
         return rabbitmq.publish(self._app, self, send, options.get("exchange"))
 
 
+# How many producers the caller holds.
+_held: ContextVar[int] = ContextVar("celeriac_producers_held", default=0)
+
+
 class _Producers(ProducerPool):
     def __init__(self, app: Celery) -> None:
         super().__init__(app.pool, limit=app.pool.limit, Producer=partial(_Producer, app))
 
     def acquire(self, block: bool = False, timeout: float | None = None) -> Any:
-        acquire: Any = super().acquire
+        # Those who hold all of them must not wait for another, nor behind those who wait for one
+        # of theirs: a group of chords takes two.
+        waits = block and not _held.get()
+        take = partial(self._take, super().acquire, waits, timeout)
         if not bridge.hosted():
-            try:
-                return acquire(block, timeout)
-            except self.LimitExceeded:
-                if block:
-                    raise
-                return self._one_more()
+            return _noted(take())
         taken: list[Any] = []
+        offload = bridge.offload_wait if waits else bridge.offload
         try:
-            bridge.offload_wait(lambda: taken.append(acquire(block, timeout)))
+            offload(lambda: taken.append(take()))
         except BaseException:
             for producer in taken:  # by the thread, for a body that was cancelled meanwhile
                 producer.release()
             raise
-        return taken[0]
+        return _noted(taken[0])
+
+    def _take(self, acquire: Any, block: bool, timeout: float | None) -> Any:
+        try:
+            return acquire(block, timeout)
+        except self.LimitExceeded:
+            if block:
+                raise
+            return self._one_more()
 
     def _one_more(self) -> Any:
-        """For remote control, which never waits: it answers though tasks hold all producers."""
+        """For who does not wait, as remote control: it answers though tasks hold all producers."""
         connection = self.connections.connection.clone()
         producer: Any = self.Producer(connection)
         producer.release = connection.release
         return producer
+
+
+def _noted(producer: Any) -> Any:
+    release = producer.release
+
+    def released() -> None:
+        _held.set(max(0, _held.get() - 1))
+        release()
+
+    producer.release = released
+    _held.set(_held.get() + 1)
+    return producer
 
 
 _LONGEST_PAUSE = 4.0  # seconds

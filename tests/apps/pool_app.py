@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from functools import cache
 
-from celery import Celery, Task, chord, signals
+from celery import Celery, Task, chord, group, signals
 from celery.exceptions import SoftTimeLimitExceeded
 from redis import Redis
 from sqlalchemy import text
@@ -140,6 +140,14 @@ async def hold_producers(key: str) -> None:
             held.enter_context(celery.producer_pool.acquire(block=True))
         note("producers", "held")
         await asyncio.to_thread(notes.blpop, key, 30)
+
+
+@celery.task(bind=True)
+async def send_chords(self: Task) -> list[str]:
+    """A group of chords, whose sender holds one producer and needs another."""
+    to = {"queue": self.request.delivery_info["routing_key"]}
+    chords = [chord([parents.s().set(**to)], count.s().set(**to)) for _ in range(2)]
+    return [each.id for each in group(chords).apply_async().results]
 
 
 @celery.task

@@ -72,7 +72,7 @@ def test_a_second_signal_gives_everything_back_at_once(
         first = play.worker(pool, 4).wait_until_ready()
         keys = [f"t{number}" for number in range(4)]
         names = ["work" if pool == "prefork" else "awork", "awork"] * 2
-        sent = [play.send(name, key, 4.0) for name, key in zip(names, keys, strict=True)]
+        sent = [play.send(name, key, 12.0) for name, key in zip(names, keys, strict=True)]
         play.written("begin", keys)
         second = play.worker(pool, 4).wait_until_ready()
         first.process.signal(signal.SIGTERM)

@@ -44,6 +44,16 @@ def test_chords_that_bodies_start_do_not_wait_for_each_others_producers(worker: 
             assert AsyncResult(callback, app=worker.client).get(timeout=30) == 2
 
 
+def test_groups_of_chords_that_bodies_send_do_not_wait_for_each_others_producers(
+    worker: Worker,
+) -> None:
+    sent = [worker.send("send_chords") for _ in range(40)]
+    worker.wait_until_ready()
+    for sender in sent:
+        for callback in sender.get(timeout=30):
+            assert AsyncResult(callback, app=worker.client).get(timeout=30) == 1
+
+
 def test_bodies_that_are_revoked_while_they_wait_for_a_producer_keep_none(worker: Worker) -> None:
     worker.wait_until_ready()
     holder = worker.send("hold_producers", "go")

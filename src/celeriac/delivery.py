@@ -94,7 +94,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
 
         To have each confirmed would stop the worker's main loop as long as RabbitMQ is silent.
         """
-        if make().transport.driver_type == "amqp":
+        if make().get_transport_cls().driver_type == "amqp":
             options["transport_options"] = {"confirm_publish": False}
         return self.ensure_connected(make(**options))
 

@@ -147,17 +147,21 @@ class QoS(kombu_redis.QoS):
                 super().reject(delivery_tag, requeue=True)
 
     def restore_unacked(self, client: Any = None) -> None:
-        mine = [tag for tag in self._delivered if tag in self.channel.holdings.mine]
+        holdings = self.channel.holdings
+        mine = [tag for tag in self._delivered if tag in holdings.mine]
         for tag in mine:
             del self._delivered[tag]
-        if self.channel.connection.client is None:
-            # The connection was lost, and kombu would fail to make another one here.
-            self.channel.holdings.orphans.update(mine)
-            self.channel.holdings.unsure = True
-            self._delivered.clear()
-        else:
-            self.channel.give_back(_not_running(mine))
-            super().restore_unacked(client)
+        if self.channel.connection.client is not None:
+            try:
+                self.channel.give_back(_not_running(mine))
+                super().restore_unacked(client)
+                return
+            except self.channel.connection_errors as error:
+                logger.info("what has not begun is given back over the next connection: %r", error)
+        # The connection was lost; without its client kombu would fail to make another one here.
+        holdings.orphans.update(mine)
+        holdings.unsure = True
+        self._delivered.clear()
 
     def restore_visible(self, *args: Any, **options: Any) -> None:
         try:

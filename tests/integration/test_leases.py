@@ -2,12 +2,15 @@
 
 import json
 import signal
+from pathlib import Path
 from typing import Any
 
 import pytest
 from redis import Redis
 
 from celeriac.embedded import Valkey
+from chaos.proxy import Proxy
+from chaos.servers import RedisServer
 from support import empty_redis, eventually, python
 from workers import Worker
 
@@ -107,6 +110,23 @@ def test_what_was_taken_in_a_step_whose_reply_was_lost_is_queued_again(valkey: V
         assert first.send("wait", 0).get(timeout=20) == "waited"
         eventually(lambda: first.notes.llen("elsewhere") == 1, 15)
         eventually(lambda: not first.notes.exists("unacked"))
+
+
+@pytest.mark.parametrize("pool", ["celeriac", "prefork"])
+def test_what_waits_when_the_network_fails_is_given_back_over_the_next_connection(
+    pool: str, tmp_path: Path
+) -> None:
+    with RedisServer(tmp_path) as server, Proxy(server.port) as network:
+        through = server.url_at(network.port)
+        limits = {"socket_timeout": 2, "socket_connect_timeout": 2}
+        conf = json.dumps(json.loads(LATE) | {"broker_transport_options": limits})
+        with Worker("pool_app", pool, through, server.url, CONF=conf, LEASE=str(LEASE)) as running:
+            sent = running.send("wait", 0, countdown=3)
+            running.process.wait_for(rf"\[{sent.id}\] received")
+            network.refuse()
+            running.process.wait_for("Trying again")
+            network.heal()
+            assert sent.get(timeout=20) == "waited"
 
 
 def test_a_worker_that_looked_for_its_broker_first_holds_a_lease_too(valkey: Valkey) -> None:

@@ -359,7 +359,7 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
     def _next(self, field: str) -> None:
         if self._alone == field:
             self._alone = None
-        if self._alone is None and self._suspects:
+        while self._alone is None and self._suspects:  # one may have come to its end, or wait
             self._look_at(self._suspects.popleft())
 
     def _hand_on(

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import time
 from urllib.parse import urlsplit
 
 import pytest
@@ -120,6 +121,27 @@ def test_a_task_that_kills_its_worker_is_started_three_times_and_costs_no_other(
         finally:
             for each in replaced:
                 each.close()
+
+
+def test_suspects_have_their_turn_though_one_before_them_is_none_any_more(valkey: Valkey) -> None:
+    empty_redis(valkey.celery_url)
+    with worker(valkey.celery_url, valkey, "celeriac", **LATE) as first:
+        sent = [
+            first.signature("wait", seconds, "suspect").apply_async(queue="held")
+            for seconds in (2, 0, 0)
+        ]
+        began = json.dumps({"n": 1, "w": "", "k": "", "t": int(time.time())})
+        for each in sent:
+            first.notes.hset("celeriac:runs", f"{each.id}:0:0", began)
+            raw = first.notes.rpop("held")
+            assert isinstance(raw, bytes)
+            message = json.loads(raw)
+            message["properties"]["delivery_info"]["redelivered"] = True
+            first.notes.lpush(first.queue, json.dumps(message))
+        first.noted("suspect-started")
+        eventually(lambda: not first.notes.llen(first.queue))
+        first.notes.hdel("celeriac:runs", f"{sent[1].id}:0:0")
+        assert [each.get(timeout=20) for each in sent] == ["waited"] * 3
 
 
 @pytest.mark.parametrize("pool", ["celeriac", "prefork"])

@@ -11,7 +11,7 @@ from uuid import uuid4
 from celeriac import PublishError, asend_task
 from chaos.stage import Stage
 
-_AHEAD = 60  # tasks that wait at most: what comes back has its turn at once
+AHEAD = 60  # tasks that wait at most: what comes back has its turn at once
 
 
 class Load:
@@ -27,7 +27,7 @@ class Load:
         *,
         total: int | None = None,
         longest: float = 0.1,
-        ahead: int = _AHEAD,
+        ahead: int = AHEAD,
     ) -> None:
         self.play, self.random, self.total = play, rng, total
         self.longest, self.ahead = longest, ahead

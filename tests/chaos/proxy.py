@@ -143,7 +143,7 @@ class _Side(asyncio.Protocol):
             self.other.transport.close()
 
     def reset(self) -> None:
-        if self.transport is not None:
+        if self.transport is not None and self in self.proxy.sides:  # else it is closed by now
             connection = self.transport.get_extra_info("socket")
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _CLOSE_WITH_RESET)
             self.transport.abort()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from chaos.ledger import Run
-from chaos.load import Load
+from chaos.load import AHEAD, Load
 from chaos.stage import LEASE, RECOVERY, Stage, cast, count
 
 CONCURRENCY = 10
@@ -52,9 +52,11 @@ def test_with_early_acknowledgement_killed_workers_double_nothing_and_every_task
     rng = random.Random(6)
     with stage() as play:
         crew = play.crew(2, pool, CONCURRENCY, late=False, revived=True)
-        load = Load(play, rng, total=count(short=800, long=5000))
+        kills = count(short=3, long=20)
+        lost = CONCURRENCY * kills  # at most, which never end in the ledger
+        load = Load(play, rng, total=count(short=800, long=5000), ahead=AHEAD + lost)
         with load.running():
-            for _ in range(count(short=3, long=20)):
+            for _ in range(kills):
                 time.sleep(rng.uniform(0.5, 2.0))
                 victim = rng.choice(crew)
                 if victim.process.running:

@@ -214,7 +214,8 @@ def test_a_beat_paused_in_the_middle_of_sending_doubles_no_tick(
     if unsure:
         standby.wait_for("once was being sent when the beat that led ended")
     else:
-        beats.wait_for(1, pid=standby.pid)
+        # It may have been sent by the time that the line was seen.
+        eventually(lambda: any(each.pid == standby.pid for each in beats.sent()), what="the tick")
     paused.signal(signal.SIGCONT)
     paused.wait_for(r"standing by")
     (sent,) = eventually(beats.sent, what="the tick")

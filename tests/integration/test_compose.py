@@ -908,15 +908,16 @@ def test_worker_of_the_reference_application(
 def test_beat_of_the_reference_application(
     reference_env: dict[str, str], redis_url: str, tmp_path: Path
 ) -> None:
+    with Redis.from_url(to_redis_py(redis_url)) as redis:
+        redis.delete("default", *redis.scan_iter("celeriac:beat:*"))  # a killed beat's lease, too
     with (
         start_reference("start-celerybeat", tmp_path, reference_env) as beat,
         Redis.from_url(to_redis_py(redis_url)) as redis,
     ):
-        redis.delete("default")
         beat.wait_for(SENDING)
         # Celery's beat ends with 1 when it is told to end in the middle of sending.
         eventually(lambda: bool(redis.llen("default")), "the message is in the queue", 5)
-        assert beat.stop() == 0
+        assert beat.stop() in (0, 1)
         assert not beat.left_behind()
 
 

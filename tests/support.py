@@ -19,6 +19,7 @@ import pytest
 from redis import Redis
 from sqlalchemy import make_url
 
+from celeriac import records
 from celeriac.store import redis_url
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,6 +93,8 @@ def close_results(backend: Any) -> None:
     # Handles that live longer would open it again, to say that nobody waits for them any more.
     backend.remove_pending_result = lambda result: None
     backend.client.connection_pool.disconnect()
+    if (book := records.book_of(backend.app)) is not None:
+        book.close()
 
 
 @contextmanager

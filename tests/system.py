@@ -4,12 +4,16 @@ import shlex
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from urllib.parse import urlencode
 
 import httpx
 import psutil
 from celery import Celery
+from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Origin
 
-from support import REFERENCE, ROOT, Process, free_port, is_free, python
+from celeriac import adopt
+from support import REFERENCE, ROOT, Process, close_results, free_port, is_free, python
 
 
 class System:
@@ -41,7 +45,7 @@ class System:
 
     @cached_property
     def producer(self) -> Celery:
-        """A plain Celery app of somebody else's that sends to this system."""
+        """A Celery app of somebody else's that sends to this system."""
         env = self.env
         app = Celery(
             "producer",
@@ -50,7 +54,7 @@ class System:
             set_as_current=False,
         )
         app.conf.broker_pool_limit = 0  # no pool: nothing is left to close
-        return app
+        return adopt(app)
 
     @property
     def on_rabbitmq(self) -> bool:
@@ -76,6 +80,16 @@ class System:
     def celery(self, *arguments: str) -> Process:
         return self.shell("-m", "celery", "-A", "main.celery", *arguments)
 
+    def watch(self, task_id: str, origin: str | None = None, **query: object) -> ClientConnection:
+        """A WebSocket of the same visitor as `http`."""
+        cookie = "; ".join(f"{name}={each}" for name, each in self.http.cookies.items())
+        return connect(
+            f"{self.sockets}/ws/task_status/{task_id}?{urlencode(query)}",
+            origin=Origin(origin) if origin else None,
+            additional_headers={"Cookie": cookie} if cookie else {},
+            close_timeout=2,
+        )
+
     def behave(self, **behaviour: float) -> None:
         """Make the third party behave so, and forget its calls."""
         self.third_party.put("/behaviour", json={"delay": 0} | behaviour).raise_for_status()
@@ -93,8 +107,7 @@ class System:
         self.http.close()
         self.third_party.close()
         if "producer" in self.__dict__:
-            self.producer.backend.result_consumer.stop()
-            self.producer.backend.client.connection_pool.disconnect()
+            close_results(self.producer.backend)
         self.runner.stop()
 
 

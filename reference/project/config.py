@@ -1,9 +1,11 @@
 """Configurations: FASTAPI_CONFIG names one; the environment and `.env` change its values."""
 
+import secrets
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from celery.schedules import crontab
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from celeriac import ConfigurationError, Settings, settings_of
@@ -20,6 +22,9 @@ class Config(Settings):
     mailing_list_url: str = "http://127.0.0.1:9010"
     flower_url: str = "http://127.0.0.1:5557"
     log_format: Literal["text", "json"] = "text"
+    secret_key: SecretStr = SecretStr("for development only")  # signs cookies
+    shows_errors: bool = True  # of tasks, to those who sent them
+    shows_unowned: bool = True  # tasks that were sent from a shell, to all
 
     # Tasks that wait share one process; CELERY_WORKER_POOL=prefork has Celery's own pool instead.
     celery_worker_pool: str = "celeriac.pool:TaskPool"
@@ -45,6 +50,10 @@ class DevelopmentConfig(Config):
 
 
 class ProductionConfig(Config):
+    # Without one of its own every process forgets the others' visitors.
+    secret_key: SecretStr = Field(default_factory=lambda: SecretStr(secrets.token_urlsafe()))
+    shows_errors: bool = False
+    shows_unowned: bool = False
     log_format: Literal["text", "json"] = "json"
 
 

@@ -7,6 +7,7 @@ from fastapi import Depends
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from project.config import Config, get_config
 from project.database import new_async_session, new_session
 
 
@@ -20,5 +21,6 @@ async def _async_session() -> AsyncIterator[AsyncSession]:
         yield session
 
 
+ConfigDep = Annotated[Config, Depends(get_config)]
 SessionDep = Annotated[Session, Depends(_session)]
 AsyncSessionDep = Annotated[AsyncSession, Depends(_async_session)]

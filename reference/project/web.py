@@ -1,5 +1,6 @@
 """The web side, put together."""
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -11,12 +12,16 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi_offline import FastAPIOffline
+from starlette.middleware.sessions import SessionMiddleware
 
 from celeriac.fastapi import SameOriginMiddleware, attach, status_router
 from project import logs, pages
-from project.config import Config
+from project.config import Config, ProductionConfig
 from project.lifespan import lifespan
 from project.users.views import router as users_router
+from project.visitors import visitor
+
+logger = logging.getLogger(__name__)
 
 
 def build(config: Config, celery: Celery) -> FastAPI:
@@ -30,9 +35,20 @@ def build(config: Config, celery: Celery) -> FastAPI:
     app.state.config = config
     attach(app, celery)
     app.add_middleware(SameOriginMiddleware)
+    app.add_middleware(
+        SessionMiddleware,
+        secret_key=config.secret_key.get_secret_value(),
+        session_cookie="visitor",
+        same_site="lax",
+    )
     app.add_middleware(CorrelationIdMiddleware)
     app.add_exception_handler(RequestValidationError, _unprocessable)
-    app.include_router(status_router(celery))
+    # What went wrong in a task is shown to those who develop it, not to everybody.
+    app.include_router(
+        status_router(
+            celery, owner=visitor, errors=config.shows_errors, unowned=config.shows_unowned
+        )
+    )
     app.include_router(pages.router)
     app.include_router(users_router)
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "static"), name="static")
@@ -42,6 +58,10 @@ def build(config: Config, celery: Celery) -> FastAPI:
         return {"status": "ok"}
 
     logs.set_up_web(config)
+    if isinstance(config, ProductionConfig) and "secret_key" not in config.model_fields_set:
+        logger.warning(
+            "SECRET_KEY is not set: other web processes know none of this one's visitors"
+        )
     return app
 
 

@@ -16,7 +16,7 @@ from kombu.connection import Connection
 from kombu.messaging import Producer
 from kombu.pools import ProducerPool
 
-from celeriac import bridge, rabbitmq, threads, transport
+from celeriac import bridge, rabbitmq, records, threads, transport
 
 
 class _Producer(Producer):
@@ -105,6 +105,30 @@ class AMQP(celery.app.amqp.AMQP):  # type: ignore[misc]
     """Celery's, with producers that never block an event loop, and our transport for Redis."""
 
     Connection = _Connection
+
+    def _create_task_sender(self) -> Any:
+        send = super()._create_task_sender()
+
+        def send_task_message(producer: Any, name: str, message: Any, **options: Any) -> Any:
+            """Celery's, with the record of the task."""
+            headers = message[0]
+            headers.update(options.get("headers") or {})
+            return records.publish(
+                self.app,
+                headers,
+                self._queue_of(options),
+                message[2][2] if isinstance(message[2], tuple) and len(message[2]) > 2 else None,
+                partial(send, producer, name, message, **options),
+                may_wait=getattr(producer, "may_wait", lambda: None),
+            )
+
+        return send_task_message
+
+    def _queue_of(self, options: dict[str, Any]) -> str:
+        queue = options.get("queue")
+        if queue is None:
+            queue = options.get("routing_key") or self.app.conf.task_default_queue
+        return str(getattr(queue, "name", queue))
 
     @property
     def producer_pool(self) -> Any:

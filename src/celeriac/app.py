@@ -176,6 +176,17 @@ def _keep_leases(instance: Any, **_: Any) -> None:
         atexit.register(leases.process.stop)  # a cold shutdown sends no signal
 
 
+@contextmanager
+def watching_runs(app: Celery) -> Iterator[None]:
+    """End, inside the block, the runs of `app`'s tasks whose worker is gone, as its workers do."""
+    keeper = leases.Keeper(_leases.get(app, leases.SECONDS))
+    backend.keep_runs(app, keeper, in_worker=False)
+    try:
+        yield
+    finally:
+        keeper.stop()
+
+
 def create_celery(
     settings: Settings,
     *,

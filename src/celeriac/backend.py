@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from functools import cached_property, partial
 from typing import Any
@@ -14,7 +14,7 @@ import celery.backends.redis
 import redis
 from celery import Celery, Task, states
 from celery.app.task import get_actual_ignore_result
-from celery.exceptions import BackendStoreError
+from celery.exceptions import BackendStoreError, TaskRevokedError
 from celery.signals import task_postrun, task_prerun
 from redis.exceptions import (
     ClusterDownError,
@@ -24,8 +24,8 @@ from redis.exceptions import (
     TryAgainError,
 )
 
-from celeriac import bridge, lease, runs, store
-from celeriac.errors import PublishError
+from celeriac import bridge, events, lease, records, runs, store
+from celeriac.errors import PublicError, PublishError
 from celeriac.lease import Script
 from celeriac.pipeline import Command, Pipeline
 from celeriac.registry import Registry
@@ -40,6 +40,8 @@ _STATUS_PAUSE = 5.0  # seconds without a status store that was away: each try ma
 _REFUSED = OutOfMemoryError, ReadOnlyError, ClusterDownError, TryAgainError
 _TEMPORARY = ("MISCONF", "NOREPLICAS", "MASTERDOWN")
 _AGAIN = (0.1, 2.0)  # seconds before the first try after a failed one, and at most
+
+_ENDED_AT_ONCE = 2
 
 _reported: WeakSet[Celery] = WeakSet()
 _lines: Registry[Pipeline] = Registry()
@@ -105,8 +107,10 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
     ) -> Any:
         """In one step with the record of the run (see `runs`), where Celery reads first."""
         run, mode = _step_of(request, state)
+        again = getattr(request, "celeriac_retry_at", None) if state == states.RETRY else None
+        event = events.of_state(state, getattr(result, "error", result), again)
         if self.serializer != "json" or self.compression:  # which the script cannot read
-            self._step(task_id, "", state, run, mode)
+            self._step(task_id, "", state, run, mode, event, request)
             return super()._store_result(task_id, result, state, traceback, request, **options)
         meta = self._get_result_meta(
             result=result, state=state, traceback=traceback, request=request
@@ -114,9 +118,15 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         value = self.encode(meta | {"task_id": task_id})
         if len(value) > self._MAX_STR_VALUE_SIZE:
             raise BackendStoreError("value too large for Redis", state=state, task_id=task_id)
-        if self._step(task_id, value, state, run, mode):
-            self._show(self.get_key_for_task(task_id), value, state)
+        self._step(task_id, value, state, run, mode, event, request)
         return result
+
+    def encode_result(self, result: Any, state: str) -> Any:
+        encoded = super().encode_result(result, state)
+        if isinstance(result, PublicError) and type(encoded) is dict:
+            encoded = _Encoded(encoded)
+            encoded.error = result
+        return encoded
 
     def _get_result_meta(self, result: Any, state: str, *args: Any, **options: Any) -> Any:
         # Celery's way to the time is a tenth of what a task costs: it asks, for UTC too, whether
@@ -128,19 +138,54 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         formatted = options.get("format_date", True)
         return meta | {"status": state, "date_done": now.isoformat() if formatted else now}
 
-    def _step(self, task_id: str, value: str, state: str, run: runs.Run | None, mode: str) -> bool:
-        """Store a state, and note the begin or the end of its run; whether it was stored."""
-        lifetime = self._lifetime(state)
+    def _step(
+        self,
+        task_id: str,
+        value: str,
+        state: str,
+        run: runs.Run | None,
+        mode: str,
+        event: str = "",
+        request: Any = None,
+    ) -> None:
+        """Store a state, tell of it, and note the begin or the end of its run."""
+        emitter = getattr(request, "celeriac_emitter", None)
+        if emitter:  # what the body told comes before its end
+            emitter.drain()
         own = (run.field, run.token, mode, run.record) if run else ("", "", "", "")
-        keys = [self.get_key_for_task(task_id), runs.key_of(self.prefix)]
+        record = _record_text(self.app, request) if mode == "begin" else ""
+        told = ("", "", "") if self.shows_elsewhere else (event, self._kept(state, mode), record)
         stored = self._call(
-            runs.STORE, keys, (value, lifetime, state, *own), until_written=bool(run)
+            runs.STORE,
+            self.keys_of(task_id),
+            (value, self._lifetime(state), state, *own, *told),
+            until_written=bool(run),
         )
+        if stored == runs.CANCELLED:
+            request.celeriac_cancelled = True
+            return
         if run is not None:
             run.begun, run.ended = True, run.ended or mode == "end"
-        if stored == -1:
+        if stored == runs.STALE:
             logger.warning("a later run of task %s counts: %s is not recorded", task_id, state)
-        return bool(stored == 1)
+        if stored == 1 and event:
+            self.show(task_id, value, state, event, record)
+
+    def keys_of(self, task_id: str) -> list[Any]:
+        """The result, the runs, the record and the events: what the scripts take."""
+        prefix = self.prefix
+        return [
+            self.get_key_for_task(task_id),
+            runs.key_of(prefix),
+            records.key_of(prefix, task_id),
+            records.events_key_of(prefix, task_id),
+        ]
+
+    def _kept(self, state: str, mode: str) -> Any:
+        """Seconds that what is known of the task lasts from now on; "" where that stays."""
+        if state in self.READY_STATES:
+            return self._lifetime(state)
+        return records.UNTOUCHED if mode == "begin" or state == states.PENDING else ""
 
     def end(self, run: runs.Run, task_id: str) -> None:
         """Note that a run has ended, whose last state left something to do."""
@@ -205,35 +250,95 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         line = await _lines.get(self.app, self._new_line)
         return await line.send(*commands, deadline=asyncio.get_running_loop().time() + _SILENCE)
 
-    def on_chord_part_return(self, *args: Any, **kwargs: Any) -> Any:
-        return bridge.offload_wait(super().on_chord_part_return, *args, **kwargs)
+    def on_chord_part_return(self, request: Any, *args: Any, **kwargs: Any) -> Any:
+        with _as_its_owner(request):
+            return bridge.offload_wait(super().on_chord_part_return, request, *args, **kwargs)
 
     def set_chord_size(self, *args: Any, **kwargs: Any) -> Any:
         return bridge.offload(super().set_chord_size, *args, **kwargs)
 
     def _call_task_errbacks(self, request: Any, exc: BaseException, traceback: Any) -> None:
-        with bridge.running_direct_calls():
+        with bridge.running_direct_calls(), _as_its_owner(request):
             super()._call_task_errbacks(request, exc, traceback)
 
     @cached_property
     def _status(self) -> redis.Redis | None:
         return store.status_client(self.app)
 
-    def _show(self, key: bytes, value: str, state: str) -> None:
-        if self._status is not None and time.monotonic() >= self._status_away_until:
-            bridge.offload(self._show_there, key, value, self._lifetime(state))
+    @property
+    def shows_elsewhere(self) -> bool:
+        """Whether the app has a status store of its own."""
+        return self._status is not None
 
-    def _show_there(self, key: bytes, value: str, lifetime: int) -> None:
+    def cancel(self, task_id: str, reason: str = "cancelled") -> bool:
+        """Let a task that has not ended begin no more; whether it has not ended. Blocks."""
+        error = TaskRevokedError(reason)
+        meta = self._get_result_meta(
+            result=error, state=states.REVOKED, traceback=None, request=None
+        )
+        meta["result"] = self.prepare_exception(error)
+        event = events.of_state(states.REVOKED, error)
+        value, lifetime = self.encode(meta | {"task_id": task_id}), self._lifetime(states.REVOKED)
+        told = ("", records.UNTOUCHED) if self.shows_elsewhere else (event, "")
+        done = events.CANCEL.run(self.client, self.keys_of(task_id), value, lifetime, *told)
+        if done == _ENDED_AT_ONCE:
+            self.show(task_id, value, states.REVOKED, event)
+        return bool(done)
+
+    async def emit(
+        self, task_id: str, run: runs.Run | None, token: str, number: int, batch: list[Any],
+        value: str,
+    ) -> bool:  # fmt: skip
+        """Tell of what a run says, from its `number` on; whether it still counts."""
+        pairs = [each for pair in batch for each in pair]
+        keys, lifetime = self.keys_of(task_id), self.expires or 0
+        if self.shows_elsewhere:
+            arguments = "", token, number, value, lifetime, *pairs
+            await asyncio.to_thread(self._show_there, events.EMIT, keys, arguments)
+            return True
+        field = run.field if run is not None else ""
+        arguments = field, token, number, value, lifetime, *pairs
+        if self.native:
+            done = await self._call_here(events.EMIT, keys, arguments, until_written=True)
+        else:
+            call = partial(self._call_in_thread, events.EMIT, keys, arguments, until_written=True)
+            done = await asyncio.to_thread(call)
+        return bool(done == 1)
+
+    def show(self, task_id: str, value: str, state: str, event: str, record: str = "") -> None:
+        """Tell of a state in the app's own status store, if it has one."""
+        if self._status is not None:
+            arguments = value, self._lifetime(state), event, self._kept(state, ""), record
+            bridge.offload(self._show_there, events.SHOW, self.keys_of(task_id), arguments)
+
+    def _show_there(self, script: Script, keys: list[Any], arguments: tuple[Any, ...]) -> None:
+        if time.monotonic() < self._status_away_until:
+            return
         assert self._status is not None
         try:
-            with self._status.pipeline() as pipe:
-                pipe.set(key, value, ex=lifetime or None)
-                pipe.publish(key, value)
-                pipe.execute()
+            script.run(self._status, keys, *arguments)
         except redis.RedisError as error:
-            # The result is safe; whoever watches this task sees it late or not at all.
+            # The result is safe; whoever watches this task sees it later.
             self._status_away_until = time.monotonic() + _STATUS_PAUSE
-            logger.error("the status store did not take the state of %r: %s", key, error)
+            logger.error("the status store did not take what %r tells: %s", keys[2], error)
+
+
+class _Encoded(dict[str, Any]):
+    """What Celery's JSON makes of an error, and the error itself."""
+
+    error: Exception
+
+
+def _as_its_owner(request: Any) -> AbstractContextManager[None]:
+    """What follows a task is its owner's, also where the worker's main process sends it."""
+    return records.as_owner(records.owner_of(request) or records.current_owner())
+
+
+def _record_text(app: Celery, request: Any) -> str:
+    """Of a task that begins, should there be none yet."""
+    where = request.delivery_info or {}
+    named = {"task": request.task, "expires": request.expires}
+    return records.text_of(named, records.owner_of(request) or "", where.get("routing_key"))
 
 
 def _step_of(request: Any, state: str) -> tuple[runs.Run | None, str]:
@@ -288,27 +393,32 @@ def report_ignored_results(app: Celery) -> None:
     task_postrun.connect(_ended, dispatch_uid="celeriac.backend.ended")
 
 
-def keep_runs(app: Celery, keeper: lease.Keeper) -> None:
-    """Record the runs of `app`'s tasks in this worker, where its results are in a Redis."""
+def keep_runs(app: Celery, keeper: lease.Keeper, *, in_worker: bool = True) -> None:
+    """Record the runs of `app`'s tasks in this worker, where its results are in a Redis.
+
+    Elsewhere than in a worker, end those whose worker is gone: there may be no other worker.
+    """
     backend = app.backend
     if isinstance(backend, RedisBackend):
         waiting = {"socket_timeout": _KEEPER_TIMEOUT}  # at most, on the keeper's thread
         given = {name: value for name, value in backend.connparams.items() if value is not None}
         client = backend._create_client(**backend.connparams | waiting | given)
-        runs.Runs(app, client, backend.prefix, keeper.seconds).keep(keeper)
+        known = runs.Runs(app, client, backend.prefix, keeper.seconds, in_worker=in_worker)
+        known.keep(keeper)
 
 
 def _started(sender: Task, task_id: str, **_: Any) -> None:
     run = runs.begin(sender)
-    if _ignored(sender):
+    if _ignored(sender) or (sender.request.is_eager and sender.store_eager_result):
         _record(sender, task_id, states.STARTED)
     elif run is not None and not sender.track_started:
-        sender.app.backend._step(task_id, "", "", run, "begin")
+        sender.app.backend._step(task_id, "", "", run, "begin", request=sender.request)
 
 
 def _ended(sender: Task, task_id: str, state: str | None, **_: Any) -> None:
     if state == states.SUCCESS and _ignored(sender):
         _record(sender, task_id, states.SUCCESS)
+    sender.request.celeriac_emitter = None  # which holds the request
     run = getattr(sender.request, "celeriac_run", None)
     if run is not None and state is not None:  # without one it was cut off, and others say why
         sender.app.backend.end(run, task_id)

@@ -24,6 +24,7 @@ from kombu.exceptions import ChannelError, OperationalError
 from kombu.utils.objects import cached_property
 from redis.exceptions import RedisError
 
+from celeriac import records
 from celeriac.errors import ConfigurationError
 from celeriac.health import HealthError, Report
 from celeriac.leadership import LEASE, Leadership, LostLeadershipError, find_place
@@ -70,6 +71,7 @@ class _FencedChannel:
     """What a Redis transport's channel is given to push ticks with; mixed into its class."""
 
     connection: Any
+    writes_together = False  # a record and its message: that one is fenced, and pushed by itself
     _tick: Tick | None = None
 
     def _put(self, queue: str, message: Any, **options: Any) -> None:
@@ -261,6 +263,10 @@ class Scheduler(PersistentScheduler):  # type: ignore[misc]
         return schedstate(False, left) if left > 0 else super().is_due(entry)
 
     def apply_entry(self, entry: ScheduleEntry, producer: Any = None) -> None:
+        with records.as_owner(records.SYSTEM):
+            self._apply_entry(entry, producer)
+
+    def _apply_entry(self, entry: ScheduleEntry, producer: Any) -> None:
         if (lead := self.leadership) is None:
             super().apply_entry(entry, producer=producer)
             return

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import redis
 from celery import Celery, Task, states
@@ -24,7 +25,7 @@ from kombu.transport.redis import Channel
 from kombu.utils.json import dumps
 from kombu.utils.json import loads as kombu_loads
 
-from celeriac import runs
+from celeriac import records, runs
 from celeriac.errors import DeadLetterError, PublishError
 from celeriac.lease import Script, execute
 from celeriac.messages import MALFORMED, is_id
@@ -284,9 +285,10 @@ class Sender:
         self._app, self._kept = app, kept
         self._connection: Any = None
 
-    def send(self, letter: str) -> None:
+    def send(self, letter: str, task_id: str | None = None) -> None:
         """Send a letter as a task that waits and has not been started. Then it is none any more.
 
+        Given a `task_id` it is sent as another task, and the first one's end stays what it was.
         Raises DeadLetterError, or PublishError: then the letter is there still.
         """
         found, raw = self._kept.get(letter)
@@ -299,7 +301,13 @@ class Sender:
             headers = {}
         if not found.readable or not headers:
             raise DeadLetterError(letter, found.reason)
-        before = self._wait_anew(headers)
+        before = None
+        if task_id is None:
+            before = self._wait_anew(headers)
+        else:
+            headers["id"] = message["properties"]["correlation_id"] = task_id
+            if (book := records.book_of(self._app)) is not None:
+                book.note(headers, to["routing_key"])
         try:
             self._publish(message, body, headers, to)
         except Exception as error:
@@ -390,3 +398,11 @@ def send_again(app: Celery, letter: str) -> None:
     """`Sender.send` of one letter."""
     with letters(app) as kept, sender(app, kept) as sending:
         sending.send(letter)
+
+
+def send_anew(app: Celery, letter: str) -> str:
+    """The same as a task of its own; its id."""
+    task_id = str(uuid4())
+    with letters(app) as kept, sender(app, kept) as sending:
+        sending.send(letter, task_id)
+    return task_id

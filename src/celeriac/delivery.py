@@ -28,7 +28,7 @@ from kombu.exceptions import ContentDisallowed, DecodeError, OperationalError
 from kombu.message import Message
 from redis.exceptions import RedisError
 
-from celeriac import burial, messages, runs
+from celeriac import burial, messages, records, runs
 from celeriac.errors import PoisonError
 
 logger = logging.getLogger(__name__)
@@ -229,6 +229,8 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
         callbacks: Iterable[Any],
     ) -> Any:
         reject = partial(self._reject, message, reject)
+        if records.OWNER not in message.headers:
+            self._record(message)
         if not task.acks_late and "id" in message.headers and runs.of(self.app) is not None:
             ack = partial(self._acknowledge_early, task, message, ack)
         redelivered = (message.delivery_info or {}).get("redelivered")
@@ -236,6 +238,14 @@ class Consumer(CeleryConsumer):  # type: ignore[misc]
             return handle(message, body, ack, reject, callbacks)
         delivery = _Delivery(handle, task, message, body, ack, reject, callbacks)
         return self._look_at(delivery)
+
+    def _record(self, message: Message) -> None:
+        """Of a task whose producer has not the library: it is known from now on."""
+        book = records.book_of(self.app)
+        if book is not None and isinstance(message.headers.get("id"), str):
+            info = message.delivery_info or {}
+            queue = info.get("routing_key") or ""
+            book.note(message.headers, queue)
 
     def _acknowledge_early(self, task: Task, message: Message, ack: _Handle, *log: Any) -> None:
         """Record the run first: whoever dies now has taken a message that is nowhere else."""

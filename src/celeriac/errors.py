@@ -92,6 +92,31 @@ class DeadLetterError(CeleriacError):
         super().__init__(text)
 
 
+class PublicError(CeleriacError):
+    """Raised by a task: why it failed, in words for whoever asked for it.
+
+    `code` is for programs, `message` for people; both are shown as they are, where the messages of
+    other errors are kept to the log.
+    """
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(code, message)
+        self.code, self.message = code, message
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
+
+
+class UnknownTaskError(CeleriacError, LookupError):
+    """There is no such task, or what was known of it has expired."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(
+            f"nothing is known of a task {task_id!r}: it was never published, or its result expired"
+        )
+        self.task_id = task_id
+
+
 class ServiceError(CeleriacError):
     """A server that was named does not answer, or refuses us."""
 

@@ -36,8 +36,10 @@ class _Call:
     commands: tuple[Command, ...]
     answer: asyncio.Future[Any]
     deadline: float  # in the loop's time
+    before: list[Command]
     error: Exception | None = None
     due: int = 0  # replies; none where it joined another
+    passed: int = 0  # of them, those to `before`
 
     def joins(self, command: Command) -> bool:
         """Whether it adds to the list that `command` adds to: one command does for both."""
@@ -91,12 +93,15 @@ class Pipeline:
         self._links: set[_Link] = set()
         self._timer: asyncio.TimerHandle | None = None
 
-    def send(self, *commands: Command, deadline: float) -> asyncio.Future[Any]:
+    def send(
+        self, *commands: Command, deadline: float, before: list[Command] | None = None
+    ) -> asyncio.Future[Any]:
         """Send `commands` together; the future is the last one's reply.
 
-        It raises the first error that the server answers, and PublishError where none comes.
+        It raises the first error that the server answers, and PublishError where none comes. What
+        it answers to those `before`, which are written first, does not matter.
         """
-        call = _Call(commands, self._loop.create_future(), deadline)
+        call = _Call(commands, self._loop.create_future(), deadline, before or [])
         self._waiting.append(call)
         if self._timer is None or deadline < self._timer.when():
             self._watch(deadline)
@@ -187,18 +192,20 @@ class Pipeline:
         """What is to be written now; from here on each may have reached the server."""
         commands: list[Command] = []
         joined = 0
+        first: _Call | None = None
         for _ in range(min(len(self._waiting), _WRITE)):
             call = self._waiting.popleft()
             if call.answer.done():
                 continue
             link.owed.append(call)
-            if 0 < joined < _BURST and call.joins(commands[-1]):
-                commands[-1] += call.commands[0][2:]
+            if first is not None and joined < _BURST and call.joins(commands[-1]):
+                commands[-1:] = [*call.before, commands[-1] + call.commands[0][2:]]
+                first.passed += len(call.before)
                 joined += 1
                 continue
-            call.due = len(call.commands)
-            commands += call.commands
-            joined = 1
+            call.passed, call.due = len(call.before), len(call.commands)
+            commands += (*call.before, *call.commands)
+            first, joined = call, 1
         return commands
 
     async def _read(self, connection: AbstractConnection, link: _Link) -> None:
@@ -219,6 +226,11 @@ class Pipeline:
 
     def _answer(self, owed: deque[_Call], reply: Any, error: Exception | None) -> int:
         """Give out one reply; how many waited for it."""
+        if owed[0].passed:
+            owed[0].passed -= 1
+            if error is not None:
+                logger.warning("a task is not recorded yet: %s", error)
+            return 0
         owed[0].error = owed[0].error or error
         owed[0].due -= 1
         error, answered = owed[0].error, 0

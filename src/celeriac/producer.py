@@ -21,7 +21,7 @@ from kombu.messaging import Producer
 from kombu.transport import redis as kombu_redis
 from redis.asyncio.connection import AbstractConnection
 
-from celeriac import bridge, serialization, store
+from celeriac import bridge, records, serialization, store
 from celeriac.pipeline import Command, Pipeline
 from celeriac.registry import Registry
 
@@ -82,14 +82,16 @@ class _Channel(kombu_redis.Channel):
         return self._made
 
     def _put(self, queue: str, message: dict[str, Any], **options: Any) -> None:
+        client = self._create_client()
+        record = records.of_message(message)
         if queue in self._expires:
+            if record:
+                client.link.execute(*record)
             super()._put(queue, message, **options)
         else:  # without redis-py's layers, which cost more than the command
             key = self._q_for_pri(queue, self._get_message_priority(message, reverse=False))
-            client = self._create_client()
-            client.link.push(
-                tuple(client._prefix_args(("LPUSH", key, serialization.dumps(message))))
-            )
+            push = tuple(client._prefix_args(("LPUSH", key, serialization.dumps(message))))
+            client.link.push(push, record)
 
     def new_connection(self) -> AbstractConnection:
         """To this channel's server, for an event loop; not yet open."""
@@ -129,6 +131,11 @@ class _Producer(Producer):
             return super().publish(body, *args, **options)
         finally:
             self._link.waits = True
+
+    def may_wait(self) -> None:
+        if self._link.begun is not None:
+            self._link.begins = False  # nor would the next message be different
+            raise MustWaitError
 
     def maybe_declare(self, entity: Any, retry: bool = False, **policy: Any) -> Any:
         # kombu copies a queue, to bind it to the channel, before it looks whether it is declared.
@@ -204,18 +211,22 @@ class Link:
             self.begun = None
         return begun
 
-    def push(self, command: Command) -> None:
+    def push(self, command: Command, before: list[Command]) -> None:
+        """Write `command` after those `before`, whose replies do not matter."""
         if self.begun is None:
-            self.execute(command)
+            self._wait_for(self.pipeline.send(command, before=before, deadline=deadline.get()))
         else:
-            self.begun.answer = self.pipeline.send(command, deadline=self.begun.deadline)
+            due = self.begun.deadline
+            self.begun.answer = self.pipeline.send(command, before=before, deadline=due)
 
     def execute(self, *commands: Command) -> Any:
         """The reply of the last of `commands`, waited for by the asyncio task around us."""
         if self.begun is not None:
             self.begins = False  # nor would the next message be different
             raise MustWaitError
-        answer = self.pipeline.send(*commands, deadline=deadline.get())
+        return self._wait_for(self.pipeline.send(*commands, deadline=deadline.get()))
+
+    def _wait_for(self, answer: asyncio.Future[Any]) -> Any:
         if self.waits:
             return bridge.run(_reply(answer))
         answer.add_done_callback(_ignore)

@@ -16,13 +16,14 @@ from weakref import WeakKeyDictionary
 import celery
 from celery import Celery, _state, signals
 from celery.canvas import Signature
-from celery.result import AsyncResult, ResultBase
+from celery.result import ResultBase
 from celery.utils import uuid
 from kombu.exceptions import OperationalError
 from redis.exceptions import ResponseError
 
 from celeriac import amqp, bridge, conf, producer, rabbitmq, threads
 from celeriac.errors import ConfigurationError, PublishError, PublishManyError
+from celeriac.handle import Handle, handle
 
 TIMEOUT = 2.0  # seconds
 _LANES = 8  # of one `publish_many`, each with so many messages on their way at once:
@@ -51,11 +52,12 @@ def _timeout_of(app: Celery, given: float | None) -> float:
     return _timeouts.get(app, TIMEOUT) if given is None else _checked(given)
 
 
-async def adelay(task: celery.Task | Signature, /, *args: Any, **kwargs: Any) -> AsyncResult:
+async def adelay(task: celery.Task | Signature, /, *args: Any, **kwargs: Any) -> Handle:
     """`task.delay(…)` of any task, signature, chain, group or chord, without blocking the loop.
 
-    Gives Celery's AsyncResult, a GroupResult for a group. Raises PublishError within the
-    deadline, by default 2 seconds, if the broker is away, refuses or does not answer.
+    Gives Celery's AsyncResult, whose `result` is awaited, and a GroupResult for a group. Raises
+    PublishError within the deadline, by default 2 seconds, if the broker is away, refuses or does
+    not answer.
     """
     return await aapply_async(task, args, kwargs)
 
@@ -67,7 +69,7 @@ async def aapply_async(
     *,
     publish_timeout: float | None = None,
     **options: Any,
-) -> AsyncResult:
+) -> Handle:
     """`task.apply_async(…)`, with the options of Celery's, without blocking the loop.
 
     `publish_timeout` is the deadline in seconds. `retry` and `retry_policy` do nothing: a message
@@ -78,10 +80,12 @@ async def aapply_async(
     elif type(task) is Signature:
         options["task_id"] = options.get("task_id") or task.options.get("task_id") or uuid()
     else:  # a canvas: several messages, and what a chord keeps in the result backend
-        return await _publish(
+        sent = await _publish(
             task.app, task.apply_async, (args, kwargs), options, publish_timeout, canvas=True
         )
-    return await _publish(task.app, task.apply_async, (args, kwargs), options, publish_timeout)
+        return handle(sent)
+    sent = await _publish(task.app, task.apply_async, (args, kwargs), options, publish_timeout)
+    return handle(sent)
 
 
 async def asend_task(
@@ -92,14 +96,15 @@ async def asend_task(
     *,
     publish_timeout: float | None = None,
     **options: Any,
-) -> AsyncResult:
+) -> Handle:
     """`app.send_task(name, …)`, for a task that is not defined here, without blocking the loop."""
     options["task_id"] = options.get("task_id") or uuid()
     if options.get("countdown") or options.get("eta"):
         options |= rabbitmq.delay(app, options)
-    return await _publish(
+    sent = await _publish(
         app, app.send_task, (name, args, kwargs), options, publish_timeout, eager=False
     )
+    return handle(sent)
 
 
 async def _publish(
@@ -223,7 +228,7 @@ _eager_runs = _EagerRuns()
 
 async def publish_many(
     signatures: Iterable[Signature], *, publish_timeout: float | None = None
-) -> list[AsyncResult]:
+) -> list[Handle]:
     """Publish many signatures, of whatever apps; their results in the same order.
 
     On Redis they are written and answered in batches; the loop stays free in between. The
@@ -257,7 +262,7 @@ class _Many:
 
     def __init__(self, asked: list[Signature], timeout: float | None) -> None:
         self.asked, self._timeout = asked, timeout
-        self.outcomes: list[AsyncResult | PublishError | None] = [None] * len(asked)
+        self.outcomes: list[Handle | PublishError | None] = [None] * len(asked)
         self._turns = iter(range(len(asked)))
         self._links: dict[Celery, tuple[producer.Link, float]] = {}
         self._stopped = False
@@ -301,15 +306,15 @@ class _Many:
         return _begin(link, signature.apply_async, (), {"task_id": task_id}, due)
 
     async def _settle(
-        self, turn: int, task_id: str | None, sending: Coroutine[Any, Any, AsyncResult]
+        self, turn: int, task_id: str | None, sending: Coroutine[Any, Any, Any]
     ) -> None:
         try:
             with _refusals(task_id):
-                self.outcomes[turn] = await sending
+                self.outcomes[turn] = handle(await sending)
         except PublishError as error:
             self.outcomes[turn], self._stopped = error, True
 
-    def all_outcomes(self) -> list[AsyncResult | PublishError]:
+    def all_outcomes(self) -> list[Handle | PublishError]:
         reason = "not begun, since another one failed"
         return [
             PublishError(reason, task_id=signature.options.get("task_id"))

@@ -23,40 +23,28 @@ from celery import Celery, Task, states
 from celery.app.task import Context
 from kombu.utils.json import dumps
 
-from celeriac import lease
+from celeriac import events, lease, records
 from celeriac.lease import Script, execute
 
 logger = logging.getLogger(__name__)
 
-# Lua's: whether the state that is stored is an end, and which.
-_STATUS = """
-local ends = {SUCCESS = true, FAILURE = true, REVOKED = true}
-local function status()
-  local old = redis.call('GET', KEYS[1])
-  if not old then return '' end
-  local ok, meta = pcall(cjson.decode, old)
-  return ok and type(meta) == 'table' and meta.status or ''
-end
-local function store(value, lifetime)
-  if tonumber(lifetime) > 0 then
-    redis.call('SET', KEYS[1], value, 'EX', lifetime)
-  else
-    redis.call('SET', KEYS[1], value)
-  end
-  redis.call('PUBLISH', KEYS[1], value)
-end
-"""
+STALE, CANCELLED = -1, -2  # of a run that a later one has superseded; of one that must not begin
 
 # A SUCCESS is overwritten by nothing, as in Celery, which reads it first. A retry is published
-# before its state is written: what it comes to may be there first.
+# before its state is written: it may have begun, or ended, by then. Who cancels a task that has not
+# begun ends it; the worker that finds its message says so again.
 STORE = Script(
-    _STATUS
+    events.STATUS
+    + events.TELL
     + """
 local value, state, field, token, mode = ARGV[1], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
+local event, kept = ARGV[8], ARGV[9]
 if mode == 'begin' then
+  if redis.call('HEXISTS', KEYS[3], 'c') == 1 then return -2 end
   local starts, old = 1, redis.call('HGET', KEYS[2], field)
   if old then starts = cjson.decode(old).n + 1 end
   redis.call('HSET', KEYS[2], field, '{"n":' .. starts .. ',' .. ARGV[7])
+  if ARGV[10] ~= '' then redis.call('HSETNX', KEYS[3], 'r', ARGV[10]) end
 elseif field ~= '' then
   if token ~= '' then
     local old = redis.call('HGET', KEYS[2], field)
@@ -65,17 +53,26 @@ elseif field ~= '' then
   end
   if mode == 'end' then redis.call('HDEL', KEYS[2], field) end
 end
-if value == '' then return 1 end
+if value == '' and event == '' then return 1 end
+if state == 'RETRY' and field ~= '' then
+  local id, retries, nesting = string.match(field, '^(.*):(%d+):(%d+)$')
+  if redis.call('HEXISTS', KEYS[2], id .. ':' .. (retries + 1) .. ':' .. nesting) == 1 then
+    return 0
+  end
+end
 local old = status()
-if old == 'SUCCESS' or (state == 'RETRY' and ends[old]) then return 0 end
-store(value, ARGV[2])
+if old == 'SUCCESS' or (ends[old] and (state == 'RETRY' or state == 'REVOKED' and old == state))
+then return 0 end
+if event ~= '' then tell(event, true, kept) end
+if value ~= '' then store(value, ARGV[2]) end
 return 1
 """
 )
 
 # Only while it is still the record that was seen: another start may have replaced it.
 _REPLACE = Script(
-    _STATUS
+    events.STATUS
+    + events.TELL
     + """
 if redis.call('HGET', KEYS[2], ARGV[1]) ~= ARGV[2] then return 0 end
 if ARGV[3] == '' then
@@ -84,14 +81,16 @@ else
   redis.call('HSET', KEYS[2], ARGV[1], ARGV[3])
 end
 local old = status()
-if ARGV[4] ~= '' and old ~= '' and not ends[old] then store(ARGV[4], ARGV[5]) end
-return 1
+if ARGV[4] == '' or old == '' or ends[old] then return 1 end
+if ARGV[6] ~= '' then tell(ARGV[6], true, '') end
+store(ARGV[4], ARGV[5])
+return 2
 """
 )
 
 # A process that is quicker than the worker's own may have ended it by now.
 _ANNOUNCE = Script(
-    _STATUS
+    events.STATUS
     + """
 local old = status()
 if ends[old] or (old == 'RETRY' and ARGV[3] == '1') then return 0 end
@@ -105,6 +104,7 @@ local old = redis.call('HGET', KEYS[1], ARGV[1])
 if not old or redis.call('ZSCORE', KEYS[2], cjson.decode(old).w) then return 0 end
 return redis.call('HDEL', KEYS[1], ARGV[1])
 """)
+_STORED = 2
 _DAY = 86400.0
 _LOST = "the worker of this task is gone"
 CUT_OFF = "the worker was shut down while this task ran"
@@ -182,7 +182,7 @@ def begin(task: Task) -> Run | None:
 _KEPT = (
     "id", "root_id", "parent_id", "group", "group_index", "chord", "chain", "errbacks", "retries",
     "replaced_task_nesting", "ignore_result", "reply_to", "correlation_id", "stamps",
-    "stamped_headers",
+    "stamped_headers", records.OWNER,
 )  # fmt: skip
 
 
@@ -193,14 +193,26 @@ def _context_of(task: Task) -> str:
 
 
 class Runs:
-    """Those of one app, seen from its workers; `prefix` is that of the results' keys."""
+    """Those of one app; `prefix` is that of the results' keys.
 
-    def __init__(self, app: Celery, client: redis.Redis, prefix: str, seconds: float) -> None:
+    Seen from its workers, or from elsewhere, where none begin and those whose worker is gone end.
+    """
+
+    def __init__(
+        self,
+        app: Celery,
+        client: redis.Redis,
+        prefix: str,
+        seconds: float,
+        *,
+        in_worker: bool = True,
+    ) -> None:
         self._app, self._client = app, client
         self.key = key_of(prefix)
         self._lease = lease.Lease(client, _leases_of(self.key), seconds)
         self.holder = self._lease.holder
-        _keepers[app] = self
+        if in_worker:
+            _keepers[app] = self
 
     def keep(self, keeper: lease.Keeper) -> None:
         """Renew the lease of those that begin here, and end those whose worker is gone."""
@@ -286,14 +298,18 @@ class Runs:
         task_id, _, _ = record.field.rsplit(":", 2)
         changed = json.dumps(json.loads(record.raw) | changes) if changes else ""
         backend = self._app.backend
-        keys = [backend.get_key_for_task(task_id), self.key]
-        value = ""
+        value = event = ""
         if state:
             meta = backend._get_result_meta(None, state, None, None)
             value = backend.encode(meta | {"task_id": task_id, "date_done": None})
+            event = events.of_state(state)
         arguments = record.field, record.raw, changed, value, backend.expires or 0
-        if not _REPLACE.run(self._client, keys, *arguments):
+        told = "" if backend.shows_elsewhere else event
+        done = _REPLACE.run(self._client, backend.keys_of(task_id), *arguments, told)
+        if not done:
             return None
+        if done == _STORED:
+            backend.show(task_id, value, state, event)
         return Record.read(record.field, changed.encode() or record.raw)
 
     def _return(self, record: Record) -> None:
@@ -322,10 +338,11 @@ class Runs:
         request, backend = Context(record.context), self._app.backend
         logger.error("task %s was acknowledged early: %s", record.field, error)
         stored = backend._get_task_meta_for(request.id)
-        if stored["status"] == states.SUCCESS:  # and what follows it was not sent
-            backend.mark_as_done(request.id, stored["result"], request, store_result=False)
-        else:
-            backend.mark_as_failure(request.id, error, request=request)
+        with records.as_owner(records.owner_of(request) or ""):
+            if stored["status"] == states.SUCCESS:  # and what follows it was not sent
+                backend.mark_as_done(request.id, stored["result"], request, store_result=False)
+            else:
+                backend.mark_as_failure(request.id, error, request=request)
 
 
 def key_of(prefix: str) -> str:

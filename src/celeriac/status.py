@@ -1,142 +1,67 @@
-"""What is known of a task: read its state once, or follow it to its end without missing any.
+"""What is known of a task: read it once, or follow it to its end without missing anything.
 
-The states are those that Celery's result backend stores and publishes in one step. Subscribing,
-then reading, then listening, all over one connection, leaves no moment in between: what was stored
-before the read is in the read, what is stored later is published later.
+Every event of a task has a number, one above the last (see `events`). A follower subscribes, reads
+what there is, then listens, all over one connection: what was written before the read is in the
+read, what is written later is published later. Who lost the connection, or could not keep up, reads
+on from the last number that it has; a number that is missing is said, never passed over.
+
+Tasks of workers without the library have no events: what Celery publishes of them is followed.
 """
 
 import asyncio
 import logging
 import math
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Self
+from weakref import WeakKeyDictionary
 
 from celery import Celery, states
-from pydantic_core import from_json, to_json
-from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import RedisError, ResponseError
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
 
-from celeriac import store
-from celeriac.connections import disconnect
-from celeriac.errors import ServiceError
-from celeriac.race import until_first
+from celeriac import records, store
+from celeriac.errors import ServiceError, UnknownTaskError
+from celeriac.feed import Feed
+from celeriac.follower import BUFFER, Follower
+from celeriac.state import TERMINAL, Event, Known, States, Status
+
+__all__ = ["TERMINAL", "Event", "Reader", "Status", "drop_reader", "reader_of"]
 
 logger = logging.getLogger(__name__)
 
-TERMINAL = states.READY_STATES - {"REJECTED", "IGNORED"}
-_IDLE = 15.0  # seconds without a word after which the connection is tried with a PING
-_CONNECT = 2.0  # seconds for a new connection
-_BACKOFF = (0.05, 2.0)  # seconds: the first wait before a new connection, and the longest
-_BUFFER = 256  # states kept for a follower that does not read
-_NO_STATE = b"\xff"  # what no serializer reads
+HINT_AFTER = 3.0  # seconds that a task may wait before anyone is asked why
+_HINT_KEPT = 10.0  # seconds
+_ANSWER = 1.0  # seconds for workers to say what they listen on
+_EXPIRY_GRACE = 1.0  # seconds for a worker to say that a task has expired
+_RECONCILE = 5.0  # seconds
 _POLL = 0.25  # seconds between reads where the result backend cannot publish
 
 
-@dataclass(frozen=True, slots=True)
-class Status:
-    """The state of one task as anyone may see it: no traceback, no arguments."""
-
-    task_id: str
-    state: str
-    result: Any = None
-    """The value of a SUCCESS; what a PROGRESS, or a state of the task's own, reports."""
-    error: str | None = None
-    """One line: why it is FAILURE, RETRY or REVOKED."""
-
-    @property
-    def terminal(self) -> bool:
-        return self.state in TERMINAL
-
-    def as_json(self) -> dict[str, Any]:
-        """`{"task_id", "state"}`, and `"result"` or `"error"` where there is one."""
-        message: dict[str, Any] = {"task_id": self.task_id, "state": self.state}
-        if self.error is not None:
-            message["error"] = self.error
-        elif self.result is not None:
-            # Celery's JSON brings dates, UUIDs, Decimals and bytes back as such; NaN is no JSON.
-            message["result"] = from_json(
-                to_json(self.result, inf_nan_mode="strings", bytes_mode="base64", fallback=repr)
-            )
-        return message
-
-    @classmethod
-    def from_meta(cls, task_id: str, meta: dict[str, Any] | None) -> Self:
-        """From what Celery's backend keeps of a task; None is a task that has not begun."""
-        if meta is None:
-            return cls(task_id, states.PENDING)
-        state, result = meta["status"], meta.get("result")
-        if state in states.EXCEPTION_STATES:
-            return cls(task_id, state, error=_describe(result))
-        # STARTED holds the worker's process id and host: nobody's business.
-        return cls(task_id, state, None if state == states.STARTED else result)
-
-
-def _describe(error: Any) -> str:
-    """An exception, or what Celery's JSON makes of one, in one line of bounded length."""
-    if isinstance(error, dict):
-        kind, message = error.get("exc_type", "Exception"), error.get("exc_message", "")
-        if isinstance(message, (list, tuple)):
-            message = ", ".join(map(str, message))
-    else:
-        kind, message = type(error).__name__, str(error)
-    line = " ".join(f"{kind}: {message}".split()).removesuffix(":")
-    return line if len(line) <= 500 else line[:499] + "…"
-
-
-class _Follower:
-    """States on their way to one reader; the oldest give way to the newest."""
-
-    def __init__(self) -> None:
-        self._states: deque[Status] = deque(maxlen=_BUFFER)
-        self._arrived = asyncio.Event()
-        self._last: Status | None = None
-        self._ended = False
-        self.listening = False  # from its first read on: what was published before is in that
-
-    def put(self, status: Status) -> None:
-        if status != self._last and not (self._last and self._last.terminal):
-            self._last = status
-            self._states.append(status)
-            self._arrived.set()
-
-    def end(self) -> None:
-        self._ended = True
-        self._arrived.set()
-
-    async def __aiter__(self) -> AsyncIterator[Status]:
-        while not self._ended:
-            await self._arrived.wait()
-            self._arrived.clear()
-            while self._states:
-                status = self._states.popleft()
-                yield status
-                if status.terminal:
-                    return
-
-
 class Reader:
-    """The states of `app`'s tasks, for one event loop, over one connection however many follow.
+    """What becomes of `app`'s tasks, for one event loop, over one connection however many follow.
 
     The connection opens with the first use and closes with `aclose`, or with the last follower
-    where the reader was not entered (`async with`). A lost connection is made again and every
-    followed task read again. Where the result backend is no Redis the states are polled.
+    where the reader was not entered (`async with`). A lost connection is made again, and every
+    follower reads on from where it was. Where the result backend is no Redis the states are polled,
+    and a task that is not known reads PENDING.
     """
 
     def __init__(self, app: Celery) -> None:
-        self._app = app
-        self._followers: dict[bytes, list[_Follower]] = {}
-        self._task_ids: dict[bytes, str] = {}
-        self._snapshots: dict[asyncio.Future[bytes | None], bytes] = {}
-        # Commands not yet sent, and who takes the replies that are due, in order.
-        self._commands: deque[tuple[bytes | str, ...]] = deque()
-        self._replies: deque[Callable[[bytes | None], None]] = deque()
-        self._wake = asyncio.Event()
+        self._app, self._states = app, States(app)
+        self._followers: dict[bytes, list[Follower]] = {}  # by channel
+        self._task_ids: dict[bytes, str] = {}  # by either channel
+        self._snapshots: dict[asyncio.Future[Known], str] = {}
+        self._feed: Feed
         self._runner: asyncio.Task[None] | None = None
-        self._answered = False
         self._users = 0
+        self._queues: set[str] | None = None  # on which workers listen
+        self._asked = -math.inf
+        self._asking: asyncio.Task[None] | None = None
+        self._chores: set[asyncio.Task[None]] = set()
+        self._reconciling: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         self._users += 1
@@ -152,177 +77,328 @@ class Reader:
         for followers in self._followers.values():
             for follower in followers:
                 follower.end()
+        for chore in self._chores:
+            chore.cancel()
+        # Before the wait, in which a new user may start, with a new one.
         runner, self._runner = self._runner, None
-        # Before the wait, in which a new user may start: it shall not wait on the old one's event,
-        # which also holds on to its event loop.
-        self._wake = asyncio.Event()
         if runner is not None:
             runner.cancel()
             await asyncio.wait([runner])
 
     async def snapshot(self, task_id: str, timeout: float = 2.0) -> Status:
-        """The state now. Raises ServiceError if it cannot be had within `timeout` seconds."""
+        """The state now. Raises UnknownTaskError, and ServiceError after `timeout` seconds."""
+        status = await self._snapshot(task_id, timeout)
+        expires = status.record.expires if status.record else None
+        overdue = expires is not None and time.time() > expires + _EXPIRY_GRACE
+        if overdue and status.state == states.PENDING and self._native():
+            await asyncio.to_thread(self._app.backend.cancel, task_id, "expired")
+            status = await self._snapshot(task_id, timeout)
+        return status
+
+    async def _reconcile(self) -> None:
+        """Where states are told elsewhere than results are stored: ends that were not told.
+
+        The status store was away when they were.
+        """
+        while self._followers:  # which get one right after
+            await asyncio.sleep(_RECONCILE)
+            for task_id in set(self._task_ids.values()):
+                try:
+                    client = self._app.backend.client
+                    payload = await asyncio.to_thread(self._states.read_result, client, task_id)
+                except RedisError as error:
+                    logger.warning("the result backend is away: %s", error)
+                    break
+                status = self._states.decode(task_id, payload)
+                channel = records.events_key_of(self._prefix, task_id).encode()
+                for follower in self._followers.get(channel, ()) if status.terminal else ():
+                    if follower.listening and follower.differs(status):
+                        follower.put(status)
+
+    async def _snapshot(self, task_id: str, timeout: float) -> Status:
         if not self._native():
-            return await asyncio.to_thread(self._read_backend, task_id)
-        answer: asyncio.Future[bytes | None] = asyncio.get_running_loop().create_future()
+            return _sure(task_id, await asyncio.to_thread(self._states.read_blocking, task_id))
+        answer: asyncio.Future[Known] = asyncio.get_running_loop().create_future()
         async with self:
-            self._snapshots[answer] = store.task_key(self._app, task_id)
-            self._ask(answer)
+            self._snapshots[answer] = task_id
+            self._look_for(answer)
             try:
                 async with asyncio.timeout(timeout):
-                    return self._decode(task_id, await answer)
+                    return _sure(task_id, (await answer).status)
             except TimeoutError:
                 raise ServiceError(f"the status store is silent since {timeout:g} s") from None
             finally:
                 del self._snapshots[answer]
 
     @asynccontextmanager
-    async def follow(self, task_id: str) -> AsyncIterator[AsyncIterator[Status]]:
-        """Every state from the present one to the terminal one, with which the iterator ends."""
+    async def follow(
+        self, task_id: str, after: int | None = None
+    ) -> AsyncIterator[AsyncIterator[Status | Event]]:
+        """What happens to a task from now on, to its terminal state, with which the iterator ends.
+
+        It begins with the present state; given `after`, the number of an event, with what came
+        after that one. Where events in between are not kept any more it begins with the present
+        state, which says so (`recovered` is False). The iterator raises UnknownTaskError where
+        nothing is known of the task.
+        """
         if not self._native():
             yield self._poll(task_id)
             return
-        key, follower = store.task_key(self._app, task_id), _Follower()
+        channel = records.events_key_of(self._prefix, task_id).encode()
+        stock = store.task_key(self._app, task_id)
+        follower = Follower(lambda follower: self._read_on(follower, task_id), after)
         async with self:
-            self._task_ids[key] = task_id
-            if key not in self._followers:
-                self._followers[key] = []
-                self._send("SUBSCRIBE", key)
-            self._followers[key].append(follower)
-            self._read_for(follower, key)
+            if channel not in self._followers:
+                elsewhere = self._app.backend.shows_elsewhere
+                if elsewhere and (self._reconciling is None or self._reconciling.done()):
+                    self._reconciling = self._do(self._reconcile())
+                self._followers[channel] = []
+                self._task_ids[channel] = self._task_ids[stock] = task_id
+                self._feed.send("SUBSCRIBE", channel, stock)
+            self._followers[channel].append(follower)
+            self._read_on(follower, task_id)
             try:
                 yield aiter(follower)
             finally:
-                self._followers[key].remove(follower)
-                if not self._followers[key]:
-                    del self._followers[key], self._task_ids[key]
-                    self._send("UNSUBSCRIBE", key)
+                self._followers[channel].remove(follower)
+                if not self._followers[channel]:
+                    del self._followers[channel], self._task_ids[channel], self._task_ids[stock]
+                    self._feed.send("UNSUBSCRIBE", channel, stock)
 
-    def _ask(self, answer: asyncio.Future[bytes | None]) -> None:
-        def answered(payload: bytes | None) -> None:
+    async def recent(
+        self, owner: str, limit: int, before: str | None = None
+    ) -> tuple[list[Status], str | None]:
+        """The last tasks that `owner` published, the newest first, and where the next page begins.
+
+        At most `limit`, of those that were published `before` the place that another page gave.
+        """
+        book = records.book_of(self._app)
+        if not isinstance(book, records.Book):
+            return [], None
+        newest = "+" if before is None else f"({before}"
+        key = records.owner_key_of(book.prefix, owner)
+        try:
+            found: Any = await asyncio.to_thread(book.client.xrevrange, key, newest, count=limit)
+        except RedisError as error:
+            raise ServiceError(f"the status store is away: {error}") from error
+        ids = dict.fromkeys(fields[b"i"].decode() for _, fields in found)
+        async with self:
+            states = await asyncio.gather(*map(self.snapshot, ids), return_exceptions=True)
+        for each in states:
+            if isinstance(each, BaseException) and not isinstance(each, UnknownTaskError):
+                raise each
+        following = found[-1][0].decode() if len(found) == limit else None
+        return [each for each in states if isinstance(each, Status)], following
+
+    async def cancel(self, task_id: str) -> Status:
+        """End a task, and give its state then; of one that has ended, its end.
+
+        What no worker has begun is REVOKED at once, and never begins. What runs is told to stop:
+        coroutines are cancelled and a prefork pool's process is ended; a thread cannot be. Raises
+        UnknownTaskError, and ServiceError where the servers that it takes do not answer.
+        """
+        await self.snapshot(task_id)
+        # Of this thread: Celery makes one for each, with connections of its own.
+        await asyncio.to_thread(self._cancel, self._app.backend, task_id)
+        return await self.snapshot(task_id)
+
+    def _cancel(self, backend: Any, task_id: str) -> None:
+        try:
+            if not hasattr(backend, "cancel") or backend.cancel(task_id):
+                self._app.control.revoke(task_id, terminate=True)
+        except (RedisError, OSError, OperationalError) as error:
+            raise ServiceError(f"task {task_id} may run on: {error}") from error
+
+    async def with_hint(self, status: Status) -> Status:
+        """`status`, and if it has been PENDING for a while and no worker listens on its queue: so.
+
+        Whoever asks first may get no hint: workers are asked in the background.
+        """
+        record = status.record
+        if status.state != states.PENDING or record is None or not record.queue:
+            return status
+        if time.time() - record.published < HINT_AFTER:
+            return status
+        now = asyncio.get_running_loop().time()
+        if now - self._asked > _HINT_KEPT:
+            self._asked = now
+            self._asking = self._do(asyncio.to_thread(self._ask_workers))
+        if self._queues is None and self._asking is not None:
+            await asyncio.wait([self._asking], timeout=2 * _ANSWER)
+        if self._queues is None or record.queue in self._queues:
+            return status
+        return replace(status, waiting=f"no worker listens on queue {record.queue!r}")
+
+    def _ask_workers(self) -> None:
+        try:
+            answers = self._app.control.inspect(timeout=_ANSWER).active_queues() or {}
+        except (RedisError, OSError, OperationalError) as error:
+            logger.warning("no worker can be asked what it listens on: %s", error)
+            self._queues = None
+            return
+        self._queues = {queue["name"] for queues in answers.values() for queue in queues}
+
+    def _do(self, chore: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+        task = asyncio.create_task(chore, name="celeriac-status-chore")
+        self._chores.add(task)
+        task.add_done_callback(self._chores.discard)
+        return task
+
+    def _watch_expiry(self, task_id: str, status: Status) -> None:
+        """What nobody has begun in time ends, though there may be no worker to say so."""
+        expires = status.record.expires if status.record else None
+        if status.state == states.PENDING and expires is not None:
+            self._do(self._expire(task_id, expires - time.time() + _EXPIRY_GRACE))
+
+    async def _expire(self, task_id: str, wait: float) -> None:
+        await asyncio.sleep(max(0.0, wait))
+        try:
+            await self.snapshot(task_id)  # which ends it
+        except (ServiceError, UnknownTaskError, RedisError) as error:
+            logger.warning("that task %s has expired is not noted: %s", task_id, error)
+
+    @property
+    def _prefix(self) -> str:
+        prefix: str = self._app.backend.prefix
+        return prefix
+
+    def _look_for(self, answer: asyncio.Future[Known]) -> None:
+        def answered(known: Known) -> None:
             if not answer.done():
-                answer.set_result(payload)
+                answer.set_result(known)
 
-        self._send("GET", self._snapshots[answer], reply=answered)
+        self._look(self._snapshots[answer], answered)
 
-    def _read_for(self, follower: _Follower, key: bytes) -> None:
-        def answered(payload: bytes | None) -> None:
-            follower.listening = True
-            if key in self._task_ids:
-                follower.put(self._decode(self._task_ids[key], payload))
+    def _look(self, task_id: str, then: Callable[[Known], None]) -> None:
+        found: list[Any] = []
 
-        self._send("GET", key, reply=answered)
+        def answered(meta: Any) -> None:
+            then(self._states.known(task_id, found[0], meta))
+
+        self._feed.send("HGETALL", records.key_of(self._prefix, task_id), reply=found.append)
+        self._feed.send("GET", store.task_key(self._app, task_id), reply=answered)
+
+    def _read_on(self, follower: Follower, task_id: str) -> None:
+        """Let `follower` have what came after its last event, as much as it has room for."""
+        found: list[Known] = []
+
+        def answered(entries: Any) -> None:
+            follower.asks = False
+            self._take_in(follower, found[0], entries if isinstance(entries, list) else [])
+
+        follower.asks, follower.listening = True, False
+        self._look(task_id, found.append)
+        first = 0 if follower.last is None else follower.last + 1
+        count = 0 if follower.last is None else BUFFER
+        stream = records.events_key_of(self._prefix, task_id)
+        self._feed.send("XRANGE", stream, f"{first}-0", "+", "COUNT", count, reply=answered)
+
+    def _take_in(self, follower: Follower, known: Known, entries: list[Any]) -> None:
+        if known.status is None:
+            follower.end(UnknownTaskError(known.task_id))
+            return
+        follower.listening = True
+        last = follower.last
+        self._watch_expiry(known.task_id, known.status)
+        if last is None:
+            follower.put(known.status)
+            follower.last = known.count
+            return
+        if last == known.count and known.status.id is not None and known.status.terminal:
+            follower.end()  # which it has seen
+            return
+        numbers = [int(entry[0].partition(b"-")[0]) for entry in entries]
+        if last > known.count or (known.count > last and numbers[:1] != [last + 1]):
+            follower.put(replace(known.status, recovered=False))
+            follower.last = known.count
+            return
+        for number, (_, values) in zip(numbers, entries, strict=True):
+            event = self._states.read_event(known.task_id, number, values[1])
+            if isinstance(event, Status) and event.state == known.status.state == states.SUCCESS:
+                event = replace(event, result=known.status.result)
+            follower.put(event)
+        if numbers and numbers[-1] < known.count:
+            follower.listening = False  # there is more, for which it has no room now
+        elif known.status.id is None and follower.differs(known.status):
+            follower.put(known.status)
 
     def _native(self) -> bool:
         if self._runner is not None and not self._runner.done():
             return True
         connection = store.status_connection(self._app)
-        if connection is None:
+        if connection is None or not hasattr(self._app.backend, "prefix"):
             return False
-        self._commands.clear()
-        self._replies.clear()
-        self._runner = asyncio.create_task(self._run(connection), name="celeriac-status")
+        self._feed = Feed(connection, self._published, self._repeat)
+        self._runner = asyncio.create_task(self._feed.run(), name="celeriac-status")
         return True
 
-    def _send(
-        self, *command: bytes | str, reply: Callable[[bytes | None], None] | None = None
-    ) -> None:
-        self._commands.append(command)
-        if reply is not None:  # SUBSCRIBE and UNSUBSCRIBE are answered by a push
-            self._replies.append(reply)
-        self._wake.set()
+    def _published(self, channel: bytes, payload: bytes) -> None:
+        task_id = self._task_ids.get(channel)
+        if task_id is None:
+            return
+        if channel in self._followers:
+            number, _, text = payload.partition(b" ")
+            self._tell(task_id, self._followers[channel], int(number), text)
+        else:
+            own = records.events_key_of(self._prefix, task_id).encode()
+            self._tell_of_stock(task_id, self._followers[own], payload)
 
-    async def _run(self, connection: AbstractConnection) -> None:
-        delay, longest = _BACKOFF
-        while True:
-            try:
-                async with asyncio.timeout(_CONNECT):
-                    await connection.connect()  # type: ignore[no-untyped-call]
-                self._answered = False
-                await until_first(
-                    status_write=self._write(connection), status_read=self._read(connection)
-                )
-            except (RedisError, OSError, TimeoutError) as error:
-                logger.warning("the status store is away: %r; trying again in %g s", error, delay)
-            except Exception:
-                logger.exception("reading the status store failed; trying again in %g s", delay)
-            finally:
-                await disconnect(connection)
-            if self._answered:
-                delay = _BACKOFF[0]
-            await asyncio.sleep(delay)
-            delay = min(delay * 2, longest)
-            self._repeat()
-
-    async def _write(self, connection: AbstractConnection) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(_IDLE):
-                    await self._wake.wait()
-            except TimeoutError:
-                self._send("PING", reply=lambda _: None)
-            self._wake.clear()
-            if self._commands:
-                packed = connection.pack_commands(list(self._commands))
-                self._commands.clear()
-                await connection.send_packed_command(packed, check_health=False)
-
-    async def _read(self, connection: AbstractConnection) -> None:
-        while True:
-            try:
-                async with asyncio.timeout(2 * _IDLE):  # the peer owes us a PONG by then
-                    reply = await connection.read_response(
-                        timeout=math.inf, disconnect_on_error=False, push_request=True
-                    )
-            except ResponseError as error:
-                if not str(error).startswith("WRONGTYPE"):
-                    raise
-                reply = _NO_STATE  # somebody else's key: the answer to one GET, no lost connection
-            self._answered = True
-            if isinstance(reply, list):
-                if reply[0] == b"message":
-                    self._published(reply[1], reply[2])
+    def _tell(self, task_id: str, followers: list[Follower], number: int, text: bytes) -> None:
+        event: Status | Event | None = None
+        for follower in followers:
+            if not follower.listening or follower.last is None or number <= follower.last:
+                continue
+            event = event or self._states.read_event(task_id, number, text)
+            succeeded = isinstance(event, Status) and event.state == states.SUCCESS
+            if succeeded or number > follower.last + 1:  # its value is elsewhere; one was missed
+                self._read_on(follower, task_id)
             else:
-                self._replies.popleft()(reply)
+                follower.put(event)
 
-    def _published(self, key: bytes, payload: bytes) -> None:
-        if key in self._task_ids:
-            status = self._decode(self._task_ids[key], payload)
-            for follower in self._followers[key]:
-                if follower.listening:
+    def _tell_of_stock(self, task_id: str, followers: list[Follower], payload: bytes) -> None:
+        """Of a state that Celery stored; of our workers' an event came right before."""
+        status: Status | None = None
+        for follower in followers:
+            if follower.listening:
+                status = status or self._states.decode(task_id, payload)
+                if follower.differs(status):
                     follower.put(status)
 
     def _repeat(self) -> None:
-        """After a lost connection: subscribe and read again, ask again what was not answered.
-
-        A state that a follower has seen already does not reach it twice.
-        """
-        self._replies.clear()
-        self._commands.clear()
-        for key, followers in self._followers.items():
-            self._send("SUBSCRIBE", key)
+        """After a lost connection: subscribe and read on, ask again what was not answered."""
+        for channel, followers in self._followers.items():
+            task_id = self._task_ids[channel]
+            self._feed.send("SUBSCRIBE", channel, store.task_key(self._app, task_id))
             for follower in followers:
-                self._read_for(follower, key)
+                self._read_on(follower, task_id)
         for answer in self._snapshots:
-            self._ask(answer)
-
-    def _decode(self, task_id: str, payload: bytes | None) -> Status:
-        try:
-            meta = self._app.backend.decode(payload) if payload is not None else None
-            return Status.from_meta(task_id, meta)
-        except Exception as error:  # a serializer that this app does not accept, or no result
-            logger.exception("the stored state of task %s cannot be read", task_id)
-            return Status(task_id, states.FAILURE, error=f"unreadable: {_describe(error)}")
-
-    def _read_backend(self, task_id: str) -> Status:
-        return Status.from_meta(task_id, self._app.backend.get_task_meta(task_id, cache=False))
+            self._look_for(answer)
 
     async def _poll(self, task_id: str) -> AsyncIterator[Status]:
         last: Status | None = None
         while last is None or not last.terminal:
-            status = await asyncio.to_thread(self._read_backend, task_id)
+            status = _sure(task_id, await asyncio.to_thread(self._states.read_blocking, task_id))
             if status != last:
                 last = status
                 yield status
             else:
                 await asyncio.sleep(_POLL)
+
+
+def _sure(task_id: str, status: Status | None) -> Status:
+    if status is None:
+        raise UnknownTaskError(task_id)
+    return status
+
+
+_readers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Celery, Reader]] = WeakKeyDictionary()
+
+
+def reader_of(app: Celery) -> Reader:
+    """The one reader of `app`'s tasks in the running event loop."""
+    readers = _readers.setdefault(asyncio.get_running_loop(), {})
+    return readers.setdefault(app, Reader(app))
+
+
+def drop_reader(app: Celery) -> None:
+    _readers.get(asyncio.get_running_loop(), {}).pop(app, None)

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 # An app's own status store where it is another Redis than its result backend.
 _urls: WeakKeyDictionary[Celery, str] = WeakKeyDictionary()
 
+_LONGEST_WAIT = 2.0  # seconds
+
 _REDIS_SCHEMES = {"redis", "rediss", "redis+socket", "unix"}
 ASYNC_CONNECTIONS = {
     redis.Connection: redis.asyncio.Connection,
@@ -62,7 +64,43 @@ def status_client(app: Celery) -> redis.Redis | None:
     url = _urls.get(app)
     if url is None:
         return None
-    return redis.Redis.from_url(redis_url(url), socket_timeout=2.0, socket_connect_timeout=2.0)
+    return redis.Redis.from_url(
+        redis_url(url), socket_timeout=_LONGEST_WAIT, socket_connect_timeout=_LONGEST_WAIT
+    )
+
+
+def bounded_client(app: Celery) -> redis.Redis:
+    """A client of `app`'s status store, which is a Redis, that waits for nothing for long."""
+    own = status_client(app)
+    if own is not None:
+        return own
+    backend = app.backend
+    given = {name: value for name, value in backend.connparams.items() if value is not None}
+    unix = given.get("connection_class") is redis.UnixDomainSocketConnection
+    names = ("socket_timeout",) if unix else ("socket_timeout", "socket_connect_timeout")
+    limits = {name: min(given.get(name) or _LONGEST_WAIT, _LONGEST_WAIT) for name in names}
+    client: redis.Redis = backend._create_client(**given | limits)
+    return client
+
+
+def is_broker(app: Celery) -> bool:
+    """Whether `app`'s status store is seen to be its broker's server and database."""
+    broker = app.conf.broker_write_url or app.conf.broker_url
+    status = _urls.get(app) or getattr(app.backend, "url", None)
+    if not isinstance(broker, str) or not isinstance(status, str):
+        return False
+    if {urlsplit(url).scheme for url in (broker, status)} - _REDIS_SCHEMES:
+        return False
+    return _place_of(broker) == _place_of(status)
+
+
+def _place_of(url: str) -> tuple[Any, ...]:
+    try:
+        found: dict[str, Any] = redis.connection.parse_url(redis_url(url))  # type: ignore[no-untyped-call]
+    except ValueError:
+        return (url,)
+    address = found.get("path") or (found.get("host", "localhost"), found.get("port", 6379))
+    return address, found.get("db", 0)
 
 
 def status_connection(app: Celery) -> AbstractConnection | None:

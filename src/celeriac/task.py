@@ -1,16 +1,19 @@
 """The task base class: `async def` bodies, in every pool of Celery's."""
 
 import inspect
+import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 import celery
 from celery import Celery, _state
-from celery.result import AsyncResult
+from celery.exceptions import Ignore
+from celery.utils import uuid
 from pydantic import BaseModel
 
-from celeriac import bridge, publish, rabbitmq
+from celeriac import bridge, emitter, publish, rabbitmq, records
+from celeriac.handle import Handle
 
 
 def is_async(task: celery.Task) -> bool:
@@ -127,12 +130,51 @@ class Task(celery.Task):  # type: ignore[misc]
         super().on_bound(app)
         cls.request_stack.__ident_func__ = bridge.stack_key
 
+    def apply(self, *args: Any, **options: Any) -> Any:
+        """Celery's, of a task that can be followed like one that a worker runs."""
+        options["task_id"] = options.get("task_id") or uuid()
+        records.note_eager(self, options["task_id"])
+        return super().apply(*args, **options)
+
     @publish.only_publishes
     def apply_async(self, *args: Any, **options: Any) -> Any:
         """Celery's, with delays of less than a second on quorum queues too."""
         if options.get("countdown") or options.get("eta"):
             options |= rabbitmq.delay(self.app, options)
         return super().apply_async(*args, **options)
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        """Celery's hook: what was cancelled meanwhile does not start. Call it in your own."""
+        if self.request.__dict__.get("celeriac_cancelled"):
+            self.request.celeriac_run = None
+            self.backend.mark_as_revoked(task_id, "cancelled", request=self.request)
+            raise Ignore("cancelled")
+
+    def progress(
+        self, current: float, total: float | None = None, message: str | None = None
+    ) -> None:
+        """Tell how far this run is: state PROGRESS with `{"current", "total", "message"}`.
+
+        Takes microseconds, in synchronous and in asynchronous bodies. Of several in quick
+        succession the last is sure to be seen.
+        """
+        value = {"current": current, "total": total, "message": message}
+        if (mine := emitter.of(self)) is not None:
+            mine.progress(value)
+        elif self.request.id is not None:
+            self.update_state(state=emitter.PROGRESS, meta=value)
+
+    def emit(self, event: str, data: Any = None) -> emitter.Room:
+        """Tell whoever follows this run something of its own: a line, a part of the result.
+
+        `data` is anything that goes into JSON, up to 64 KiB, or ValueError is raised. In an
+        asynchronous body `await self.emit(…)`, which waits where more is told than can be sent.
+        Only the newest 1000 events of a task are kept. Needs a Redis as the result backend.
+        """
+        mine = emitter.of(self)
+        if mine is not None:
+            mine.emit(event, data)
+        return emitter.Room(mine)
 
     def retry(
         self,
@@ -145,12 +187,14 @@ class Task(celery.Task):  # type: ignore[misc]
         max_retries: int | None = None,
         **options: Any,
     ) -> Any:
-        """Celery's, which notes whether this was the last one (see `burial.keep_exhausted`)."""
+        """Celery's, which notes when, and if it was the last (see `burial.keep_exhausted`)."""
         request, last = self.request, self.max_retries if max_retries is None else max_retries
         request.celeriac_exhausted = bool(last) and last <= (request.retries or 0)
+        wait = self.default_retry_delay if countdown is None else countdown
+        request.celeriac_retry_at = eta.timestamp() if eta else time.time() + (wait or 0)
         return super().retry(args, kwargs, exc, throw, eta, countdown, max_retries, **options)
 
-    async def adelay(self, /, *args: Any, **kwargs: Any) -> AsyncResult:
+    async def adelay(self, /, *args: Any, **kwargs: Any) -> Handle:
         """`delay` without blocking the event loop. Raises PublishError within the deadline."""
         return await publish.aapply_async(self, args, kwargs)
 
@@ -161,7 +205,7 @@ class Task(celery.Task):  # type: ignore[misc]
         *,
         publish_timeout: float | None = None,
         **options: Any,
-    ) -> AsyncResult:
+    ) -> Handle:
         """`apply_async` without blocking the event loop; see `celeriac.publish.aapply_async`."""
         return await publish.aapply_async(
             self, args, kwargs, publish_timeout=publish_timeout, **options

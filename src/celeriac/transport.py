@@ -20,11 +20,11 @@ from typing import Any
 
 import redis
 from celery.worker import state as worker_state
-from kombu.connection import Connection
+from kombu.connection import Connection, ConnectionPool, PooledConnection
 from kombu.transport import redis as kombu_redis
 from kombu.transport import virtual
 
-from celeriac import dead, serialization
+from celeriac import dead, records, serialization
 from celeriac.bell import Bell
 from celeriac.holdings import Holdings
 from celeriac.lease import Script
@@ -176,6 +176,7 @@ class Channel(kombu_redis.Channel):
 
     max_message_size = _LARGEST
     exchanges = False  # whether a worker's event loop turns
+    writes_together = True
     refused_until = 0.0
     _in_poll: Any
     _brpop_sent_at: Any
@@ -227,6 +228,26 @@ class Channel(kombu_redis.Channel):
         if self._made is None or self._made[0] is not self.pool:
             self._made = (self.pool, super()._create_client())
         return self._made[1]
+
+    def _put(self, queue: str, message: dict[str, Any], **options: Any) -> None:
+        record = records.of_message(message)
+        batch = options.get("_publish_batch") is not None
+        if not record or batch or not self.writes_together or queue in self._expires:
+            if record:
+                self._write(*record)
+            super()._put(queue, message, **options)
+            return
+        key = self._q_for_pri(queue, self._get_message_priority(message, reverse=False))
+        key = f"{self.global_keyprefix}{key}"
+        self._write(*record, ("LPUSH", key, serialization.dumps(message)))
+
+    def _write(self, *commands: records.Command) -> None:
+        """At once; the last one's error is raised, since the record is not worth a message."""
+        with self._create_client().pipeline(transaction=False) as pipe:
+            records.put(pipe, commands)
+            *_, last = pipe.execute(raise_on_error=False)
+        if isinstance(last, Exception):
+            raise last
 
     def basic_consume(self, queue: str, no_ack: bool, *args: Any, **options: Any) -> Any:
         if no_ack:
@@ -479,11 +500,28 @@ class SentinelTransport(Transport, kombu_redis.SentinelTransport):
 _TRANSPORTS = {"redis": Transport, "rediss": Transport, "sentinel": SentinelTransport}
 
 
+def _transport_of(connection: Any) -> Any:
+    return _TRANSPORTS.get(connection.transport_cls) or Connection.get_transport_cls(connection)
+
+
 class RedisConnection(Connection):
     """kombu's connection, with these transports where it would use its own for Redis.
 
     `broker_transport = "kombu.transport.redis:Transport"` keeps kombu's.
     """
 
+    def Pool(self, limit: int | None = None, **options: Any) -> Any:  # noqa: N802 - kombu's
+        return _Pool(self, limit, **options)
+
     def get_transport_cls(self) -> Any:
-        return _TRANSPORTS.get(self.transport_cls) or super().get_transport_cls()
+        return _transport_of(self)
+
+
+class _Pooled(PooledConnection):
+    def get_transport_cls(self) -> Any:
+        return _transport_of(self)
+
+
+class _Pool(ConnectionPool):
+    def new(self) -> Any:
+        return _Pooled(self, **dict(self.connection._info(resolve=False)))

@@ -33,11 +33,14 @@ def _services(kind: str, stack: ExitStack) -> dict[str, str]:
     }
 
 
-@pytest.fixture(scope="session", params=["embedded", *SERVICES])
+@pytest.fixture(scope="module", params=["embedded", *SERVICES])
 def system(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[System]:
-    """`./run dev`, on each set of services; one instance for all tests that do not stop it."""
+    """`./run dev`, on each set of services; one for all tests of a file that do not stop it.
+
+    Not for those of other files: it would take dead letters out of theirs.
+    """
     with ExitStack() as stack:
         env = clean_environment(**_services(request.param, stack))
         running = System(tmp_path_factory.mktemp("data"), free_base_port(), env)

@@ -5,10 +5,11 @@ import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.parse import urlencode
 
 import httpx
 import pytest
-from websockets.sync.client import connect
+from websockets.sync.client import ClientConnection, connect
 
 from celeriac.embedded import Valkey
 from support import (
@@ -193,13 +194,23 @@ def test_p38_eager_tasks_show_the_same_states(valkey: Valkey, tmp_path: Path) ->
             behaviour = {"delay": 0, "fail_next": fail_next}
             httpx.put(f"http://127.0.0.1:{stub}/behaviour", json=behaviour).raise_for_status()
             body = {"username": "a", "email": "a@example.com"}
-            answer = httpx.post(f"{base}/users/form/", json=body)
-            assert answer.status_code == 200
-            task_id = answer.json()["task_id"]
-            status = httpx.get(f"{base}/users/task_status/", params={"task_id": task_id})
-            assert status.json()["state"] == state
-            with connect(f"ws://127.0.0.1:{port}/ws/task_status/{task_id}") as socket:
-                assert [state in frame for frame in socket] == [True]
+            with httpx.Client(base_url=base) as browser:
+                answer = browser.post("/users/form/", json=body)
+                assert answer.status_code == 200
+                task_id = answer.json()["task_id"]
+                status = browser.get("/users/task_status/", params={"task_id": task_id})
+                assert status.json()["state"] == state
+                with watch(browser, port, task_id) as socket:
+                    assert [state in frame for frame in socket] == [True]
+                with watch(browser, port, task_id, after=0) as socket:
+                    assert [json.loads(frame)["state"] for frame in socket] == ["STARTED", state]
+
+
+def watch(browser: httpx.Client, port: int, task_id: str, **query: object) -> ClientConnection:
+    """A WebSocket of the same visitor."""
+    cookie = "; ".join(f"{name}={each}" for name, each in browser.cookies.items())
+    address = f"ws://127.0.0.1:{port}/ws/task_status/{task_id}?{urlencode(query)}"
+    return connect(address, additional_headers={"Cookie": cookie})
 
 
 def test_p48_two_web_processes_and_a_status_store_of_its_own(
@@ -224,11 +235,12 @@ def test_p48_two_web_processes_and_a_status_store_of_its_own(
             worked.wait_for(r"ready\.")
             # No third party: the task fails. Sent through one process, watched through the other.
             body = {"username": "a", "email": "a@example.com"}
-            answer = httpx.post(f"http://127.0.0.1:{ports[0]}/users/form/", json=body)
-            task_id = answer.json()["task_id"]
-            for port in ports:
-                with connect(f"ws://127.0.0.1:{port}/ws/task_status/{task_id}") as socket:
-                    assert [json.loads(frame) for frame in socket][-1]["state"] == "FAILURE"
+            with httpx.Client() as browser:
+                answer = browser.post(f"http://127.0.0.1:{ports[0]}/users/form/", json=body)
+                task_id = answer.json()["task_id"]
+                for port in ports:
+                    with watch(browser, port, task_id) as socket:
+                        assert [json.loads(frame) for frame in socket][-1]["state"] == "FAILURE"
 
 
 def test_p49_the_web_process_ends_in_time_with_sockets_open(valkey: Valkey) -> None:
@@ -239,8 +251,11 @@ def test_p49_the_web_process_ends_in_time_with_sockets_open(valkey: Valkey) -> N
     command = ("-m", "uvicorn", "main:app", "--port", str(port))
     with python(*command, cwd=REFERENCE, env=env) as web, ExitStack() as stack:
         web.wait_for("Uvicorn running")
-        for n in range(50):
-            socket = stack.enter_context(connect(f"ws://127.0.0.1:{port}/ws/task_status/open-{n}"))
+        browser = stack.enter_context(httpx.Client())
+        body = {"username": "a", "email": "a@example.com"}
+        task_id = browser.post(f"http://127.0.0.1:{port}/users/form/", json=body).json()["task_id"]
+        for _ in range(50):
+            socket = stack.enter_context(watch(browser, port, task_id))
             socket.recv(timeout=5)
         began = time.monotonic()
         web.stop()

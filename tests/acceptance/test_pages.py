@@ -197,11 +197,10 @@ def test_the_websocket_form_posts_once_and_never_polls(page: Page, system: Syste
 
 def test_a_task_page_follows_any_task_and_shows_its_result(page: Page, system: System) -> None:
     page.goto("/")
-    task_id = str(uuid4())
+    task_id = system.send("project.users.tasks.divide", 1, 2, countdown=2)
     page.get_by_label("Task id").fill(f" {task_id} ")
     page.get_by_role("button", name="Show the task").click()
     expect(page.locator("#state")).to_have_attribute("data-state", "PENDING")
-    system.send("project.users.tasks.divide", 1, 2, task_id=task_id)
     expect_end(page, "SUCCESS", "Done")
     expect(page.locator("#result")).to_have_text("0.5")
 
@@ -225,7 +224,7 @@ def test_markup_in_an_error_or_a_result_is_shown_as_text(page: Page, system: Sys
 
 def test_markup_in_the_address_of_a_task_page_is_text(page: Page) -> None:
     page.goto('/task/"><img src=x onerror="window.hacked = true">/')
-    expect(page.locator("#state")).to_have_attribute("data-state", "PENDING")
+    expect(page.locator("#message")).to_have_text(f'Nothing is known of task ">{MARKUP}.')
     expect(page.locator("#task-id")).to_have_text(f'">{MARKUP}')
     expect_no_markup(page)
 
@@ -382,8 +381,8 @@ def test_no_page_is_wider_than_a_small_phone(page: Page, system: System) -> None
     long = system.send("project.users.tasks.divide", kwargs={"x" * 300: 1})
     for path in (*PAGES, f"/task/{long}/"):
         page.goto(path)
-        if "task" in path:
-            expect(page.locator("#state")).not_to_have_attribute("data-state", "")
+        if "no-such" in path:
+            expect(page.locator("#message")).to_contain_text("Nothing is known")
         assert page.evaluate("document.documentElement.scrollWidth") <= 320, path
     expect_end(page, "FAILURE", re.compile("x{300}"))
     assert page.evaluate("document.documentElement.scrollWidth") <= 320
@@ -397,8 +396,7 @@ def test_every_page_loads_without_a_complaint(page: Page) -> None:
             assert "default-src 'self'" in response.headers["content-security-policy"]
             expect(page.get_by_role("heading", level=1)).to_be_visible()
             expect(page.get_by_role("button", disabled=True)).to_have_count(0)
-        expect(page.locator("#state")).to_have_attribute("data-state", "PENDING")
-        expect(page.locator("#message")).to_contain_text("no such task")
+        expect(page.locator("#message")).to_have_text("Nothing is known of task no-such-task.")
         assert faults == []
 
 
@@ -423,3 +421,92 @@ def test_every_page_says_that_it_needs_javascript(browser: Browser, system: Syst
             # Chromium does not show <noscript> where Playwright has switched scripts off.
             assert "JavaScript" in page.locator("noscript").inner_html()
             expect(page.get_by_role("button", disabled=False)).to_have_count(0)
+
+
+# The browser's side of live status by itself: /celeriac/client.js
+
+WATCH = """
+async ([id, options]) => {
+  const { watchTask } = await import("/celeriac/client.js");
+  const seen = [];
+  let lost = 0;
+  try {
+    const onEvent = (event) => seen.push(event);
+    const end = await watchTask(id, { base: "/", ...options, onEvent, onLost: () => lost++ });
+    return { seen, lost, end };
+  } catch (error) {
+    return { seen, lost, error: error.name };
+  }
+}
+"""
+
+
+@pytest.mark.parametrize("way", ["websocket", "sse", "poll"])
+def test_a_task_is_watched_to_its_end_in_every_way(page: Page, system: System, way: str) -> None:
+    system.behave(delay=0.5)
+    page.goto("/")
+    task_id = system.send("project.users.tasks.subscribe_to_list", "a@example.com")
+    outcome = page.evaluate(WATCH, [task_id, {"transports": [way]}])
+    assert outcome["end"]["result"] == "a@example.com is on the list"
+    numbers = [event["id"] for event in outcome["seen"]]
+    assert numbers == sorted(set(numbers))
+    assert [event["state"] for event in outcome["seen"]][-2:] == ["STARTED", "SUCCESS"]
+    assert outcome["lost"] == 0 or way == "poll"
+    again = page.evaluate(WATCH, [task_id, {"transports": [way]}])
+    assert again["seen"] == [outcome["end"]]
+    assert page.evaluate(WATCH, ["no-such-task", {}])["error"] == "UnknownTask"
+
+
+def test_where_one_way_is_blocked_the_next_is_taken(page: Page, system: System) -> None:
+    page.goto("/")
+    task_id = system.send("project.users.tasks.divide", 1, 2)
+    page.route_web_socket("**/ws/task_status/*", lambda route: route.close(code=1011))
+    assert page.evaluate(WATCH, [task_id, {}])["end"]["result"] == 0.5
+    page.route("**/tasks/*/events*", lambda route: route.abort())
+    assert page.evaluate(WATCH, [task_id, {}])["end"]["result"] == 0.5
+
+
+def test_a_lost_connection_costs_no_event_and_repeats_none(page: Page, system: System) -> None:
+    system.behave(fail_next=1)
+    sockets: list[WebSocketRoute] = []
+
+    def cut(route: WebSocketRoute) -> None:
+        """After its first frame, twice."""
+        sockets.append(route)
+        server = route.connect_to_server()
+
+        def passed(message: str | bytes) -> None:
+            route.send(message)
+            if len(sockets) < 3:
+                route.close(code=1001)
+
+        server.on_message(passed)
+
+    page.goto("/")
+    page.route_web_socket("**/ws/task_status/*", cut)
+    task_id = system.send("project.users.tasks.process_notification")
+    outcome = page.evaluate(WATCH, [task_id, {"after": 0}])
+    assert [event["id"] for event in outcome["seen"]] == [1, 2, 3, 4]
+    states = [event["state"] for event in outcome["seen"]]
+    assert states == ["STARTED", "RETRY", "STARTED", "SUCCESS"]
+    assert outcome["lost"] == 2
+
+
+def test_an_element_shows_a_task(page: Page, system: System) -> None:
+    page.goto("/")
+    task_id = system.send("project.users.tasks.divide", kwargs={MARKUP: 1})
+    page.evaluate(
+        """async (id) => {
+          await import("/celeriac/client.js");
+          const element = document.createElement("task-status");
+          element.setAttribute("task-id", id);
+          element.setAttribute("base", "/");
+          document.querySelector("main").append(element);
+        }""",
+        task_id,
+    )
+    element = page.locator("task-status")
+    expect(element).to_have_attribute("data-state", "FAILURE")
+    expect(element.get_by_role("status")).to_contain_text("Failed: TypeError: divide() got")
+    expect(element.locator("progress")).to_be_hidden()
+    expect_no_markup(page)

@@ -8,7 +8,7 @@ from dotenv import load_dotenv
 from fastapi import FastAPI
 
 import celeriac
-from celeriac.fastapi import attach, status_router
+from celeriac.fastapi import attach, public, status_router
 
 load_dotenv()
 redis_url = os.environ.get("REDIS_URL", "redis://127.0.0.1:6379/0")
@@ -30,7 +30,7 @@ async def divide(x: float, y: float) -> float:
 
 app = FastAPI()
 attach(app, celery)
-app.include_router(status_router(celery))  # WebSocket /ws/task_status/{task_id}
+app.include_router(status_router(celery, owner=public))  # /tasks/{task_id}, WebSocket…
 
 
 @app.get("/")

@@ -23,7 +23,7 @@ if (form) {
 
 if (task) {
   const { refuse, show, start } = await import("./view.js");
-  start("Connecting…", "No worker has begun this task; or there is no such task.");
+  start("Connecting…", "No worker has begun this task.");
   try {
     await follow(task.dataset.follow, show);
   } catch (error) {

@@ -4,6 +4,8 @@
 // while the server is out of reach. They return after the terminal state, and throw Refused where
 // the server says that trying again is of no use.
 
+import { watchTask } from "/celeriac/client.js";
+
 const TERMINAL = new Set(["SUCCESS", "FAILURE", "REVOKED"]);
 const TRANSIENT = new Set([0, 408, 425, 429]); // and every 5xx; 0 is no answer at all
 // Milliseconds:
@@ -50,45 +52,13 @@ export async function poll(id, show) {
   }
 }
 
-/** Be told of every state over a WebSocket; a new one, should it break, begins with the state then. */
+/** Be told of every state; see /celeriac/client.js. */
 export async function follow(id, show) {
-  for (let failures = 0; ; failures++) {
-    const { terminal, code, reason } = await listen(id, (status) => {
-      failures = 0;
-      show(status);
-    });
-    if (terminal) return;
-    if (code === 1008 || code >= 4000) throw new Refused(reason || "The server refuses to tell.");
-    show({ lost: true });
-    await backOff(failures);
+  try {
+    await watchTask(id, { base: "/", onEvent: show, onLost: () => show({ lost: true }) });
+  } catch (error) {
+    throw new Refused(error.message);
   }
-}
-
-function listen(id, show) {
-  const scheme = location.protocol === "https:" ? "wss" : "ws";
-  const socket = new WebSocket(
-    `${scheme}://${location.host}/ws/task_status/${encodeURIComponent(id)}`,
-  );
-  return new Promise((resolve) => {
-    const end = (outcome) => {
-      clearTimeout(timer);
-      removeEventListener("offline", lost);
-      socket.onmessage = socket.onclose = null;
-      socket.close();
-      resolve(outcome);
-    };
-    // A socket whose network is gone stays open for minutes; the browser knows sooner.
-    const lost = () => end({ terminal: false });
-    addEventListener("offline", lost);
-    const timer = setTimeout(lost, PATIENCE); // the first frame is due at once
-    socket.onmessage = ({ data }) => {
-      clearTimeout(timer);
-      const status = JSON.parse(data);
-      show(status);
-      if (TERMINAL.has(status.state)) end({ terminal: true });
-    };
-    socket.onclose = ({ code, reason }) => end({ terminal: false, code, reason });
-  });
 }
 
 /** Status 0 where there was no answer; body null where it was no JSON. */

@@ -26,6 +26,7 @@ export function show(status) {
     say("Connection lost, trying again…", "lost");
     return;
   }
+  if (status.state === undefined) return; // an event of the task's own
   if (status.state !== state.dataset.state) addToHistory(status.state);
   setState(status.state);
   setResult(typeof status.result === "string" ? undefined : status.result);

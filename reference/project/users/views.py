@@ -3,13 +3,14 @@ from fastapi.responses import HTMLResponse
 from sqlalchemy import select
 from sqlalchemy.exc import IntegrityError
 
-from celeriac.fastapi import ReaderDep, TaskId
+from celeriac.fastapi import IdempotencyDep, shown_error
 from project import third_party
-from project.deps import AsyncSessionDep, SessionDep
+from project.deps import AsyncSessionDep, ConfigDep, SessionDep
 from project.pages import render
 from project.users.models import User
 from project.users.schemas import TaskAccepted, TaskState, UserIn, UserOut
 from project.users.tasks import process_notification, subscribe_to_list
+from project.visitors import OwnTasks, TaskDep
 
 router = APIRouter(prefix="/users", tags=["users"])
 
@@ -43,16 +44,16 @@ async def form_ws_page(request: Request) -> HTMLResponse:
     return render(request, "users/form_ws.html")
 
 
-@router.post("/form/")
-async def submit_form(body: UserIn) -> TaskAccepted:
-    task = await subscribe_to_list.adelay(body.email)
+@router.post("/form/", dependencies=[OwnTasks])
+async def submit_form(body: UserIn, idempotency: IdempotencyDep) -> TaskAccepted:
+    """Twice with one `Idempotency-Key` is one task."""
+    task = await idempotency.send(subscribe_to_list.s(body.email))
     return TaskAccepted(task_id=task.id)
 
 
 @router.get("/task_status/", response_model_exclude_none=True)
-async def task_status(task_id: TaskId, reader: ReaderDep) -> TaskState:
-    found = await reader.snapshot(task_id)
-    return TaskState(state=found.state, error=found.error)
+async def task_status(task: TaskDep, config: ConfigDep) -> TaskState:
+    return TaskState(state=task.state, error=shown_error(task, errors=config.shows_errors))
 
 
 @router.post("/webhook_test/")

@@ -1,0 +1,57 @@
+"""Which pages may make a browser speak to us in its user's name."""
+
+from collections.abc import Collection
+from urllib.parse import urlsplit
+
+from fastapi import status
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+_SAFE_METHODS = {"GET", "HEAD", "OPTIONS", "TRACE"}
+
+
+class SameOriginMiddleware:
+    """Refuse (403) what a page of another site makes a browser send in its user's name.
+
+    A state-changing request, or a WebSocket, that carries an Origin must carry our own, or one of
+    `origins` (`https://host[:port]`). A client that sends none, such as curl, is no browser.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Collection[str] = ()) -> None:
+        self._app, self._origins = app, frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] not in _SAFE_METHODS:
+            if not same_origin(Headers(scope=scope), self._origins):
+                response = JSONResponse({"detail": "this request comes from another site"}, 403)
+                await response(scope, receive, send)
+                return
+        elif scope["type"] == "websocket" and not same_origin(Headers(scope=scope), self._origins):
+            # Closing before accepting is how ASGI refuses a handshake: the client sees 403.
+            await send({"type": "websocket.close", "code": status.WS_1008_POLICY_VIOLATION})
+            return
+        await self._app(scope, receive, send)
+
+
+def same_origin(headers: Headers, origins: Collection[str] = ()) -> bool:
+    """Whether the request may be our own page's. The scheme is not compared: a proxy ends TLS."""
+    origin = headers.get("origin")
+    if origin is None:
+        return headers.get("sec-fetch-site", "").lower() not in ("cross-site", "same-site")
+    if origin in origins:
+        return True
+    ours, theirs = _authority(f"http://{headers.get('host', '')}"), _authority(origin)
+    return theirs is not None and ours == theirs
+
+
+def _authority(origin: str) -> tuple[str, int | None] | None:
+    """Host and port, None for a scheme's own; None for what no page of ours can have."""
+    try:
+        parts = urlsplit(origin)
+        port = parts.port
+    except ValueError:
+        return None
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return None
+    return parts.hostname, None if port in (80, 443) else port

@@ -78,12 +78,14 @@ class Reader:
             for follower in followers:
                 follower.end()
         for chore in self._chores:
-            chore.cancel()
+            if chore is not self._asking:  # whose thread would go on, with its connection
+                chore.cancel()
         # Before the wait, in which a new user may start, with a new one.
         runner, self._runner = self._runner, None
         if runner is not None:
             runner.cancel()
-            await asyncio.wait([runner])
+        if ending := [each for each in (runner, self._asking) if each is not None]:
+            await asyncio.wait(ending)
 
     async def snapshot(self, task_id: str, timeout: float = 2.0) -> Status:
         """The state now. Raises UnknownTaskError, and ServiceError after `timeout` seconds."""

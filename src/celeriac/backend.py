@@ -153,16 +153,19 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         if emitter:  # what the body told comes before its end
             emitter.drain()
         own = (run.field, run.token, mode, run.record) if run else ("", "", "", "")
-        record = _record_text(self.app, request) if mode == "begin" else ""
-        told = ("", "", "") if self.shows_elsewhere else (event, self._kept(state, mode), record)
+        begins = mode == "begin"
+        record = _record_text(self.app, request) if begins else ""
+        kept = self._kept(state, mode)
+        told = ("", kept, "") if self.shows_elsewhere else (event, kept, record)
+        once = getattr(request, runs.ONCE, "") if begins else ""
         stored = self._call(
             runs.STORE,
             self.keys_of(task_id),
-            (value, self._lifetime(state), state, *own, *told),
+            (value, self._lifetime(state), state, *own, *told, once),
             until_written=bool(run),
         )
-        if stored == runs.CANCELLED:
-            request.celeriac_cancelled = True
+        if stored in (runs.CANCELLED, runs.DOUBLED):
+            request.celeriac_refused = stored
             return
         if run is not None:
             run.begun, run.ended = True, run.ended or mode == "end"

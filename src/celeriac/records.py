@@ -144,17 +144,23 @@ def commands(
 
 def _members(signatures: Any) -> Iterator[tuple[str, str, str | None]]:
     """Id, name and queue of every task in these signatures that has an id."""
+    for each in tasks_in(signatures):
+        options = each.get("options") or {}
+        task_id, queue = options.get("task_id"), options.get("queue")
+        if isinstance(task_id, str):
+            yield task_id, str(each.get("task")), str(queue) if queue else None
+
+
+def tasks_in(signatures: Any) -> Iterator[dict[str, Any]]:
+    """Every signature of a task in these, which may be canvases or lists of them."""
     if isinstance(signatures, (list, tuple)):
         for each in signatures:
-            yield from _members(each)
-    elif isinstance(signatures, dict):
-        options = signatures.get("options") or {}
-        task_id, queue = options.get("task_id"), options.get("queue")
+            yield from tasks_in(each)
+    elif isinstance(signatures, dict) and signatures.get("subtask_type") in _CANVAS:
         parts = signatures.get("kwargs") or {}
-        if signatures.get("subtask_type") in _CANVAS:
-            yield from _members([parts.get(name) for name in ("tasks", "header", "body")])
-        elif isinstance(task_id, str):
-            yield task_id, str(signatures.get("task")), str(queue) if queue else None
+        yield from tasks_in([parts.get(name) for name in ("tasks", "header", "body")])
+    elif isinstance(signatures, dict):
+        yield signatures
 
 
 _CANVAS = {"chain", "group", "chord"}

@@ -12,7 +12,7 @@ from celery.exceptions import Ignore
 from celery.utils import uuid
 from pydantic import BaseModel
 
-from celeriac import bridge, emitter, publish, rabbitmq, records
+from celeriac import bridge, emitter, publish, rabbitmq, records, runs
 from celeriac.handle import Handle
 
 
@@ -143,12 +143,29 @@ class Task(celery.Task):  # type: ignore[misc]
             options |= rabbitmq.delay(self.app, options)
         return super().apply_async(*args, **options)
 
+    def delay_on_commit(self, session: Any, /, *args: Any, **kwargs: Any) -> Handle:
+        """`delay`, once `session` of SQLAlchemy has committed: see `celeriac.commit`."""
+        return self.apply_async_on_commit(session, args, kwargs)
+
+    def apply_async_on_commit(self, session: Any, *args: Any, **options: Any) -> Handle:
+        """`apply_async`, once `session` of SQLAlchemy has committed: see `celeriac.commit`."""
+        from celeriac.commit import apply_async_on_commit  # SQLAlchemy is an extra
+
+        return apply_async_on_commit(self, session, *args, **options)
+
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
-        """Celery's hook: what was cancelled meanwhile does not start. Call it in your own."""
-        if self.request.__dict__.get("celeriac_cancelled"):
-            self.request.celeriac_run = None
+        """Celery's hook: what must not start ends here. Call it in your own.
+
+        That is what was cancelled meanwhile, and a message that was sent a second time.
+        """
+        refused = self.request.__dict__.get("celeriac_refused")
+        if refused is None:
+            return
+        self.request.celeriac_run = None
+        if refused == runs.CANCELLED:
             self.backend.mark_as_revoked(task_id, "cancelled", request=self.request)
             raise Ignore("cancelled")
+        raise Ignore("sent twice")
 
     def progress(
         self, current: float, total: float | None = None, message: str | None = None

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from celeriac.database import Database
+from celeriac.outbox import outbox_table
 from project.config import get_config
 
 
@@ -24,6 +25,9 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
+
+
+outbox_table(Base.metadata)  # of tasks that are published when a transaction commits
 
 
 @cache

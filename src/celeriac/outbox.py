@@ -7,7 +7,7 @@ that one has died, or the broker was away, by a relay.
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from celery import Celery
@@ -36,13 +36,12 @@ from sqlalchemy.sql.functions import FunctionElement
 
 from celeriac.database import Database
 
-if TYPE_CHECKING:
-    from alembic.operations import Operations
-
 TABLE = "celeriac_outbox"
 OWN = 0.75  # seconds from the insertion in which nobody else sends a row
 CLAIM = 2.0  # seconds in which nobody else sends what a relay has taken
 _BATCH = 100  # rows
+# An id is never used again: whoever is late to remove a row must not remove another one.
+_OPTIONS: dict[str, Any] = {"sqlite_autoincrement": True}
 
 
 class _Now(FunctionElement[float]):
@@ -62,36 +61,39 @@ def _now_in_postgresql(*_: Any, **__: Any) -> str:
     return "extract(epoch from clock_timestamp())::double precision"
 
 
-def outbox_table(metadata: MetaData, name: str = TABLE) -> Table:
-    """The table of messages that wait; in your models' metadata, migrations find it there."""
-    if (found := metadata.tables.get(name)) is not None:
-        return found
-    table = Table(
-        name,
-        metadata,
-        Column(
-            "id", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True
-        ),
+def _columns() -> list[Column[Any]]:
+    number = BigInteger().with_variant(Integer, "sqlite")
+    return [
+        Column("id", number, primary_key=True, autoincrement=True),
         Column("task_id", String(255), nullable=False),
         Column("signature", Text, nullable=False),  # Celery's, as JSON
         Column("ordering_key", String(255)),
         # Until when somebody is about to send it, in seconds since 1970.
         Column("claimed_until", Double, nullable=False),
-    )
-    Index(f"ix_{name}_claimed_until", table.c.claimed_until)
-    Index(f"ix_{name}_ordering_key", table.c.ordering_key, table.c.id)
+    ]
+
+
+_INDEXED = {"claimed_until": ["claimed_until"], "ordering_key": ["ordering_key", "id"]}
+
+
+def outbox_table(metadata: MetaData, name: str = TABLE) -> Table:
+    """The table of messages that wait; in your models' metadata, migrations find it there."""
+    if (found := metadata.tables.get(name)) is not None:
+        return found
+    table = Table(name, metadata, *_columns(), **_OPTIONS)
+    for first, columns in _INDEXED.items():
+        Index(f"ix_{name}_{first}", *(table.c[column] for column in columns))
     return table
 
 
-def create_outbox(op: "Operations", name: str = TABLE) -> None:
+def create_outbox(op: Any, name: str = TABLE) -> None:
     """The table, in an Alembic migration: `create_outbox(op)`."""
-    table = outbox_table(MetaData(), name)
-    op.create_table(name, *(column.copy() for column in table.columns))
-    for index in table.indexes:
-        op.create_index(index.name, name, [column.name for column in index.columns])
+    op.create_table(name, *_columns(), **_OPTIONS)
+    for first, columns in _INDEXED.items():
+        op.create_index(f"ix_{name}_{first}", name, columns)
 
 
-def drop_outbox(op: "Operations", name: str = TABLE) -> None:
+def drop_outbox(op: Any, name: str = TABLE) -> None:
     """The way back."""
     op.drop_table(name)
 

@@ -448,3 +448,16 @@ def test_a_canvas_that_is_sent_twice_runs_once_under_its_ids(
         assert len(room.runs()) == before + 1
         assert made.get(timeout=5) == value
         close_results(app.backend)
+
+
+@pytest.mark.parametrize("way", ["outbox"], indirect=True)
+async def test_no_row_gets_the_number_of_one_that_was_removed(room: Room) -> None:
+    """Whoever is late to remove it would remove the other."""
+    numbers: list[int] = []
+    for n in range(2):
+        row = {"task_id": str(n), "signature": "", "claimed_until": time.time() + 60}
+        with room.database.session() as session:
+            numbers += session.scalars(waiting.insert().values(row).returning(waiting.c.id))
+            session.execute(waiting.delete())
+            session.commit()
+    assert numbers[0] < numbers[1]

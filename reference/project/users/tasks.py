@@ -12,7 +12,7 @@ from celery.utils.log import get_task_logger
 from sqlalchemy import func, select
 
 from celeriac import shared_task
-from project.database import new_session
+from project.database import new_async_session, new_session
 from project.third_party import TemporaryError, subscribe
 from project.users.models import User
 
@@ -32,6 +32,14 @@ async def subscribe_to_list(email: str) -> str:
     """The form's task: one call, no second try; its failure is what the page shows."""
     await subscribe(email)
     return f"{email} is on the list"
+
+
+@shared_task
+async def subscribe_user(user_id: int) -> str:
+    """Published when its user is committed, so the user is there."""
+    async with new_async_session() as session:
+        user = await session.get_one(User, user_id)
+    return await subscribe_to_list(user.email)
 
 
 # 1. By hand: the task decides when, and after what.

@@ -9,10 +9,12 @@ from project.deps import AsyncSessionDep, ConfigDep, SessionDep
 from project.pages import render
 from project.users.models import User
 from project.users.schemas import TaskAccepted, TaskState, UserIn, UserOut
-from project.users.tasks import process_notification, subscribe_to_list
+from project.users.tasks import process_notification, subscribe_to_list, subscribe_user
 from project.visitors import OwnTasks, TaskDep
 
 router = APIRouter(prefix="/users", tags=["users"])
+
+TAKEN = "a user with this name or address exists already"
 
 
 @router.post("/", status_code=status.HTTP_201_CREATED)
@@ -22,10 +24,22 @@ def create_user(body: UserIn, session: SessionDep) -> UserOut:
     try:
         session.commit()
     except IntegrityError:  # of two at the same moment, the database lets one in
-        raise HTTPException(
-            status.HTTP_409_CONFLICT, "a user with this name or address exists already"
-        ) from None
+        raise HTTPException(status.HTTP_409_CONFLICT, TAKEN) from None
     return UserOut.model_validate(user)
+
+
+@router.post("/user_subscribe/", status_code=status.HTTP_202_ACCEPTED, dependencies=[OwnTasks])
+async def subscribe(body: UserIn, session: AsyncSessionDep) -> TaskAccepted:
+    """A user and the task about it: both, or neither. The task always finds its user."""
+    user = User(**body.model_dump())
+    session.add(user)
+    try:
+        await session.flush()  # which gives it its id
+        task = subscribe_user.delay_on_commit(session, user.id)
+        await session.commit()
+    except IntegrityError:
+        raise HTTPException(status.HTTP_409_CONFLICT, TAKEN) from None
+    return TaskAccepted(task_id=task.id)
 
 
 @router.get("/")

@@ -157,7 +157,7 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         record = _record_text(self.app, request) if begins else ""
         kept = self._kept(state, mode)
         told = ("", kept, "") if self.shows_elsewhere else (event, kept, record)
-        once = getattr(request, runs.ONCE, "") if begins else ""
+        once = getattr(request, records.ONCE, "") if begins else ""
         stored = self._call(
             runs.STORE,
             self.keys_of(task_id),

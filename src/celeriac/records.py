@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 Command = tuple[Any, ...]
 
 OWNER = "celeriac_owner"  # the header of a message
+ONCE = "celeriac_once"  # which of several sendings of one committed message this is
 SYSTEM = "system"  # the owner of what nobody asked for, such as beat's tasks
 UNTOUCHED = 30 * 86400  # seconds beyond its ETA that a record lasts of what no worker takes
 _RECENT = 1000  # tasks of one owner that are listed
@@ -326,7 +327,7 @@ def publish(
     try:
         return send()
     except BaseException as error:
-        first = not headers.get("retries") and not headers.get("replaced_task_nesting")
-        if first and not getattr(error, "maybe_accepted", False):
+        later = "retries", "replaced_task_nesting", ONCE  # which are of a task that there is
+        if not any(map(headers.get, later)) and not getattr(error, "maybe_accepted", False):
             bridge.offload(book.forget, headers["id"])
         raise

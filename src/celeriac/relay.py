@@ -21,13 +21,12 @@ from sqlalchemy.exc import SQLAlchemyError
 from celeriac import publish
 from celeriac.errors import ConfigurationError, PublishError
 from celeriac.outbox import CLAIM, OWN, Outbox, Row, outbox_of
-from celeriac.records import tasks_in
+from celeriac.records import ONCE, tasks_in
 from celeriac.registry import Registry
-from celeriac.runs import ONCE
 
 logger = logging.getLogger(__name__)
 
-_SENDING = 0.5  # seconds that whoever commits waits for the broker
+_SENDING = 0.3  # seconds that whoever commits waits for the broker
 _AWAY = 1.0  # seconds in which a broker that was away is not tried again by those
 _SPOILT = 60.0  # seconds until what is no fault of the broker's is tried again
 _LOOK_EVERY = 0.2  # seconds
@@ -38,7 +37,7 @@ _CLOSING = 1.0  # seconds to remove what was sent
 async def send(app: Celery, rows: Sequence[Row], age: float) -> None:
     """Send what has been committed, `age` seconds after it was inserted.
 
-    Takes about half a second at most; what is not sent by then is sent later. Does not raise.
+    Takes about a third of a second at most; what is not sent by then is sent later. Does not raise.
     """
     if not _outbox(app).relayed:
         await (await _sender(app)).send(rows, age)

@@ -31,8 +31,6 @@ logger = logging.getLogger(__name__)
 # Of a run that a later one has superseded; of those that must not begin.
 STALE, CANCELLED, DOUBLED = -1, -2, -3
 
-ONCE = "celeriac_once"  # header: which of several sendings of one message this is
-
 # A SUCCESS is overwritten by nothing, as in Celery, which reads it first. A retry is published
 # before its state is written: it may have begun, or ended, by then. Who cancels a task that has not
 # begun ends it; the worker that finds its message says so again.

@@ -5,15 +5,16 @@ import json
 import signal
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from celery import Celery, chain, chord, group, states
 from redis import Redis
-from sqlalchemy import Column, Integer, MetaData, Table, select
+from sqlalchemy import Column, Integer, MetaData, String, Table, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -33,21 +34,28 @@ from celeriac.store import redis_url
 from chaos.proxy import Proxy
 from chaos.servers import RedisServer
 from support import (
+    CI,
     Process,
     clean_environment,
     close_results,
     empty_redis,
     eventually,
     free_port,
+    is_free,
     python,
     run_python,
 )
 from workers import APPS, Worker
 
+OUTAGE = 30.0 if CI else 3.0  # seconds
+
 pytestmark = pytest.mark.anyio  # which skips what is no coroutine
 
 metadata = MetaData()
 users = Table("users", metadata, Column("id", Integer, primary_key=True))
+orders = Table(
+    "orders", metadata, Column("id", Integer, primary_key=True), Column("task_id", String(64))
+)
 waiting = outbox_table(metadata)
 
 
@@ -316,6 +324,8 @@ async def test_with_an_outbox_what_an_absent_broker_missed_follows(
                     slowest = max(slowest, time.monotonic() - began)
             assert slowest < 1
             assert sorted(room.left()) == sorted(sent)
+            async with Reader(room.app) as reader:
+                assert (await reader.snapshot(sent[0])).state == states.PENDING
             network.heal()
             await asyncio.to_thread(eventually, lambda: not room.left())
             assert sorted(room.sent()) == sorted(sent)
@@ -357,8 +367,9 @@ class Outer:
 
     def commit(self, *arguments: str) -> list[str]:
         """What another process published, or was about to when it was killed."""
-        done = run_python("outbox_app.py", *arguments, cwd=APPS, env=clean_environment(**self.env))
-        assert done.returncode == (-signal.SIGKILL if "die" in arguments else 0), done.stderr
+        env = clean_environment(**self.env)
+        done = run_python("outbox_app.py", *arguments, cwd=APPS, env=env, timeout=90)
+        assert done.returncode == 0, done.stderr
         return done.stdout.split()
 
     @contextmanager
@@ -368,6 +379,27 @@ class Outer:
         with python(*command, cwd=APPS, env=env) as process:
             process.wait_for("relay: sends what is left")
             yield process
+
+    @contextmanager
+    def web(self) -> Iterator[str]:
+        port = free_port()
+        env = clean_environment(**self.env)
+        command = "-m", "uvicorn", "outbox_app:web", "--port", str(port), "--log-level", "warning"
+        with python(*command, cwd=APPS, env=env):
+            eventually(lambda: not is_free(port))
+            yield f"http://127.0.0.1:{port}"
+
+    def orders(self) -> list[str]:
+        with self.database.session() as session:
+            return list(session.scalars(select(orders.c.task_id)))
+
+    def all_shipped(self) -> bool:
+        """Whether there is one run for each order, and nothing else."""
+        assert self.values.llen("missing") == 0
+        ordered, ran = self.orders(), self.runs()
+        assert set(ran) <= set(ordered)
+        assert len(set(ran)) == len(ran)
+        return len(ran) == len(ordered) and not self.left()
 
     def runs(self) -> list[str]:
         found: Any = self.values.lrange("runs", 0, -1)
@@ -382,7 +414,7 @@ class Outer:
 def outer(redis: str, database_url: str, **env: str) -> Iterator[Outer]:
     database = Database(database_url)
     metadata.create_all(database.engine)
-    env |= {"BROKER": redis, "BACKEND": redis, "DATABASE_URL": database_url}
+    env = {"BROKER": redis, "BACKEND": redis, "DATABASE_URL": database_url} | env
     with Worker("outbox_app", "celeriac", redis, redis, DATABASE_URL=database_url) as worker:
         made = Outer(worker, database_url, env | {"QUEUE": worker.queue})
         yield made
@@ -390,12 +422,12 @@ def outer(redis: str, database_url: str, **env: str) -> Iterator[Outer]:
     database.dispose()
 
 
-def test_what_a_killed_process_left_is_sent_by_a_relay(
+def test_what_killed_processes_left_is_sent_by_a_relay_and_runs_once(
     redis_server: str, database_url: str
 ) -> None:
     with outer(redis_server, database_url) as room, room.relay() as relay:
-        published = [*room.commit("3", "die"), *room.commit("2")]
-        eventually(lambda: len(room.runs()) == 5 and not room.left())
+        published = [*room.commit("100", "die"), *room.commit("2")]
+        eventually(lambda: len(room.runs()) >= 102 and not room.left(), timeout=30)
         assert sorted(room.runs()) == sorted(published)
         relay.signal(signal.SIGTERM)
         assert relay.wait() == 0
@@ -461,3 +493,64 @@ async def test_no_row_gets_the_number_of_one_that_was_removed(room: Room) -> Non
             session.execute(waiting.delete())
             session.commit()
     assert numbers[0] < numbers[1]
+
+
+@pytest.mark.parametrize("path", ["/orders", "/sync-orders"])
+async def test_the_row_is_always_found(path: str, redis_server: str, database_url: str) -> None:
+    with outer(redis_server, database_url) as room, room.web() as url:
+        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+            for _ in range(50):
+                answers = await asyncio.gather(*(client.post(path) for _ in range(20)))
+                assert {each.status_code for each in answers} == {200}
+        await asyncio.to_thread(eventually, room.all_shipped, 30)
+        assert len(room.orders()) == 1000
+
+
+@pytest.mark.parametrize("path", ["/orders", "/sync-orders"])
+async def test_exactly_what_was_committed_is_sent(
+    path: str, redis_server: str, database_url: str
+) -> None:
+    fresh = httpx.Limits(max_keepalive_connections=0)  # uvicorn closes one that had an error
+    with outer(redis_server, database_url) as room, room.web() as url:
+        async with httpx.AsyncClient(base_url=url, timeout=30, limits=fresh) as client:
+            for then in ["", "savepoint", "rollback", "raise"] * 5:
+                await client.post(path, params={"then": then})
+            for _ in range(5):
+                with pytest.raises(httpx.ReadTimeout):
+                    await client.post(path, params={"then": "wait"}, timeout=0.1)
+        # Whoever has gone away does not take back what is committed then.
+        await asyncio.to_thread(eventually, lambda: len(room.orders()) == 15)
+        await asyncio.to_thread(eventually, room.all_shipped)
+
+
+@pytest.mark.parametrize("path", ["/orders", "/sync-orders"])
+async def test_no_request_fails_while_the_broker_is_away(
+    path: str, valkey: Valkey, database_url: str, tmp_path: Path
+) -> None:
+    with ExitStack() as stack:
+        server = stack.enter_context(RedisServer(tmp_path / "redis"))
+        network = stack.enter_context(Proxy(server.port))
+        broker = server.url_at(network.port)
+        room = stack.enter_context(outer(server.url, database_url, BROKER=broker))
+        with room.relay(), room.web() as url:
+            slowest = 0.0
+
+            async def keep_ordering(client: httpx.AsyncClient, until: float) -> None:
+                nonlocal slowest
+                while (began := time.monotonic()) < until:
+                    assert (await client.post(path)).status_code == 200
+                    slowest = max(slowest, time.monotonic() - began)
+
+            async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+                away = time.monotonic() + 1, time.monotonic() + 1 + OUTAGE
+                ordering = [
+                    asyncio.create_task(keep_ordering(client, away[1] + 1)) for _ in range(5)
+                ]
+                await asyncio.sleep(away[0] - time.monotonic())  # some that are sent at once
+                network.refuse()
+                await asyncio.sleep(away[1] - time.monotonic())
+                assert room.left() > 0
+                network.heal()
+                await asyncio.gather(*ordering)
+            await asyncio.to_thread(eventually, room.all_shipped, 60)
+            assert slowest < 1

@@ -125,6 +125,7 @@ class _Message:
     transaction: SessionTransaction | None = None  # that has to commit
     row: Row | None = None
     row_in: SessionTransaction | None = None  # the one that its row shares the fate of
+    inserted: float = 0.0  # by this process's clock
 
     @property
     def app(self) -> Celery:
@@ -139,7 +140,6 @@ class _Pending:
         self._session = session
         self._messages: list[_Message] = []
         self._committed: list[_Message] = []
-        self._inserted = 0.0
         for name in ("before_commit", "after_commit", "after_transaction_end"):
             event.listen(session, name, getattr(self, f"_{name}"))
 
@@ -161,9 +161,9 @@ class _Pending:
                 {"task_id": each.task_id, "signature": each.text, "ordering_key": each.ordering_key}
                 for each in new
             ]
-            self._inserted = time.monotonic()
+            now = time.monotonic()  # before it takes whatever time
             for each, row in zip(new, outbox.insert(session, values), strict=True):
-                each.row, each.row_in = row, here
+                each.row, each.row_in, each.inserted = row, here, now
 
     def _after_commit(self, session: Session) -> None:
         nested = session.get_nested_transaction()
@@ -184,7 +184,7 @@ class _Pending:
                 each.row = each.row_in = None
         if ended.parent is None and self._committed:
             committed, self._committed = self._committed, []
-            _wait_for(_send(committed, time.monotonic() - self._inserted))
+            _wait_for(_send(committed))
 
 
 def _wait_for(sending: Coroutine[Any, Any, None]) -> None:
@@ -194,13 +194,11 @@ def _wait_for(sending: Coroutine[Any, Any, None]) -> None:
         bridge.run(sending)
 
 
-async def _send(messages: list[_Message], age: float) -> None:
-    kept: dict[Celery, list[Row]] = {}
-    for each in messages:
-        if each.row is not None:
-            kept.setdefault(each.app, []).append(each.row)
-    for app, rows in kept.items():
-        await relay.send(app, rows, age)
+async def _send(messages: list[_Message]) -> None:
+    for app in {each.app for each in messages if each.row is not None}:
+        its = [each for each in messages if each.app is app and each.row is not None]
+        age = time.monotonic() - min(each.inserted for each in its)
+        await relay.send(app, [each.row for each in its if each.row is not None], age)
     direct = [each for each in messages if each.row is None]
     if len(direct) == 1:
         await publish.aapply_async(direct[0].signature)

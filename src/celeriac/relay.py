@@ -5,6 +5,7 @@ workers begin only the one that they have seen first.
 """
 
 import asyncio
+import atexit
 import logging
 from collections.abc import Sequence
 from contextlib import suppress
@@ -18,7 +19,7 @@ from celery.utils import uuid
 from kombu.utils.json import loads
 from sqlalchemy.exc import SQLAlchemyError
 
-from celeriac import publish
+from celeriac import bridge, publish
 from celeriac.errors import ConfigurationError, PublishError
 from celeriac.outbox import CLAIM, OWN, Outbox, Row, outbox_of
 from celeriac.records import ONCE, tasks_in
@@ -27,6 +28,7 @@ from celeriac.registry import Registry
 logger = logging.getLogger(__name__)
 
 _SENDING = 0.3  # seconds that whoever commits waits for the broker
+_PATIENCE = 1.5  # and who has nobody waiting
 _AWAY = 1.0  # seconds in which a broker that was away is not tried again by those
 _SPOILT = 60.0  # seconds until what is no fault of the broker's is tried again
 _LOOK_EVERY = 0.2  # seconds
@@ -71,11 +73,15 @@ class _Sender:
         self._loop = asyncio.get_running_loop()
         self._away_until = 0.0  # in the loop's time, as the others
         self._follows_until = 0.0
+        self._told = False  # that the broker is away
         self._sent: list[int] = []
         self._awaited: dict[int, asyncio.Event] = {}
         self._removing: asyncio.Task[None] | None = None
         self._following: asyncio.Task[None] | None = None
         self._woken = asyncio.Event()
+        # Or the rows of what a program has sent last would stay, and be sent again by a relay.
+        atexit.unregister(bridge.close)
+        atexit.register(bridge.close)
 
     async def send(self, rows: Sequence[Row], age: float) -> None:
         if self._loop.time() < self._away_until:
@@ -84,12 +90,15 @@ class _Sender:
         try:
             async with asyncio.timeout(_SENDING):
                 if age < OWN - _SENDING:
-                    await self._send([row for row in rows if row.ordering_key is None])
+                    now = [row for row in rows if row.ordering_key is None]
+                    await self._send(now, _SENDING)
                 else:
                     self._follow()
                 await self._in_turn([row for row in rows if row.ordering_key is not None])
-        except TimeoutError:
+        except BaseException as error:
             self._follow()
+            if not isinstance(error, TimeoutError):
+                raise
 
     async def _in_turn(self, rows: list[Row]) -> None:
         """Wait for those that have to be sent after others."""
@@ -103,24 +112,25 @@ class _Sender:
             for row in rows:
                 self._awaited.pop(row.id, None)
 
-    async def _send(self, rows: Sequence[Row]) -> int:
+    async def _send(self, rows: Sequence[Row], timeout: float) -> int:
         """How many of `rows` the broker has."""
         sent = 0
         for first in range(0, len(rows), _AT_ONCE):
             some = rows[first : first + _AT_ONCE]
-            sent += sum(await asyncio.gather(*map(self._send_one, some)))
+            sent += sum(await asyncio.gather(*(self._send_one(row, timeout) for row in some)))
             if self._loop.time() < self._away_until:
                 self._follow()
                 break
         return sent
 
-    async def _send_one(self, row: Row) -> bool:
+    async def _send_one(self, row: Row, timeout: float) -> bool:
         try:
             signature = _marked(row.signature, self._app)
-            await publish.aapply_async(signature, publish_timeout=_SENDING)
+            await publish.aapply_async(signature, publish_timeout=timeout)
         except PublishError as error:
-            if self._loop.time() >= self._away_until:
+            if not self._told:
                 logger.warning("the broker is away, the outbox keeps what is published: %s", error)
+            self._told = True
             self._away_until = self._loop.time() + _AWAY
             return False
         except Exception:  # what Celery, or a signal's receiver, makes of this message
@@ -128,6 +138,7 @@ class _Sender:
             with suppress(SQLAlchemyError, OSError):
                 await self._outbox.put_off(row, _SPOILT)
             return False
+        self._told = False
         self._sent.append(row.id)
         if self._removing is None or self._removing.done():
             self._removing = self._start(self._remove(), "celeriac-outbox-remove")
@@ -186,7 +197,7 @@ class _Sender:
             logger.warning("the database is away, the outbox cannot be read: %s", error)
             await asyncio.sleep(_AWAY)
             return False
-        sent = await self._send(rows)
+        sent = await self._send(rows, _PATIENCE)
         if self._removing is not None:
             await asyncio.wait([self._removing])  # those of the same key come after it
         return sent > 0

@@ -433,6 +433,14 @@ def test_what_killed_processes_left_is_sent_by_a_relay_and_runs_once(
         assert relay.wait() == 0
 
 
+def test_a_program_that_ends_leaves_no_row(valkey: Valkey, database_url: str) -> None:
+    empty_redis(valkey.celery_url)
+    with outer(valkey.celery_url, database_url) as room:
+        published = room.commit("3")
+        assert room.left() == 0
+        eventually(lambda: sorted(room.runs()) == sorted(published))
+
+
 def test_relays_share_what_is_left_to_them(redis_server: str, database_url: str) -> None:
     with outer(redis_server, database_url, RELAYED="1") as room, room.relay(), room.relay():
         published = room.commit("200")

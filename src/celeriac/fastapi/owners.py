@@ -27,7 +27,7 @@ OwnerPolicy = Callable[..., Any]
 T = TypeVar("T", bound=Owner)
 
 
-def public() -> Public:
+async def public() -> Public:  # not in a thread of its own, as FastAPI runs what is synchronous
     """The policy that shows every task to everybody who knows its id."""
     return PUBLIC
 

@@ -32,7 +32,7 @@ Command = tuple[Any, ...]
 
 OWNER = "celeriac_owner"  # the header of a message
 ONCE = "celeriac_once"  # which of several sendings of one committed message this is
-SYSTEM = "system"  # the owner of what nobody asked for, such as beat's tasks
+SYSTEM = "celeriac:system"  # the owner of what nobody asked for, such as beat's tasks
 UNTOUCHED = 30 * 86400  # seconds beyond its ETA that a record lasts of what no worker takes
 _RECENT = 1000  # tasks of one owner that are listed
 _PAUSE = 5.0  # seconds without a status store that was away: each try may take two
@@ -48,11 +48,6 @@ def as_owner(owner: str) -> Iterator[None]:
         yield
     finally:
         _owner.reset(token)
-
-
-def set_owner(owner: str) -> None:
-    """`as_owner` for the rest of this context, such as that of a request."""
-    _owner.set(owner)
 
 
 def current_owner() -> str:

@@ -136,8 +136,9 @@ async def test_all_of_a_canvas_is_known_and_belongs_to_who_sent_it(
             )
             last = await asyncio.to_thread(chain(add.clone((1, 2)), add.clone((3,))).apply_async)
             body = await asyncio.to_thread(follows.apply_async)
-            child = await web.send("parent")
-        ids = [last.id, last.parent.id, body.id, *(each.id for each in body.parent.children), child]
+            child, retried = await web.send("parent"), await web.send("again")
+        ids = [last.id, last.parent.id, body.id, *(each.id for each in body.parent.children)]
+        ids += [child, retried]
         for task_id in ids:
             assert (await web.follow(task_id))[-1].as_json()["state"] == "SUCCESS"
         owner, child = (await web.reader.snapshot(child)).result

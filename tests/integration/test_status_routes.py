@@ -3,36 +3,24 @@
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from celery import Celery, states
-from fastapi import Depends, FastAPI, Request
-from starlette.requests import HTTPConnection
-from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.typing import Origin
 
 from celeriac import adopt, dead, records
 from celeriac.errors import PublicError
-from celeriac.fastapi import (
-    IdempotencyDep,
-    ReadTokens,
-    attach,
-    owned_by,
-    public,
-    status_router,
-)
+from celeriac.fastapi import ReadTokens, public
 from celeriac.status import reader_of
 from support import close_results, free_port
+from web import TOKENS, Web, frames, serve, states_in
 
 pytestmark = pytest.mark.anyio
-
-TOKENS = ReadTokens("0123456789abcdef")
 
 
 @pytest.fixture
@@ -46,63 +34,6 @@ def celery(redis_server: str) -> Iterator[Celery]:
     app.conf.broker_pool_limit = 0  # no pool: nothing is left to close
     yield adopt(app)
     close_results(app.backend)
-
-
-async def user(connection: HTTPConnection) -> str:
-    """Who asks, as the client says: the tests trust it."""
-    return connection.headers.get("x-user", "")
-
-
-class Web:
-    """A server, and its clients."""
-
-    def __init__(self, celery: Celery, port: int, http: httpx.AsyncClient) -> None:
-        self.celery, self.port, self.http = celery, port, http
-
-    def socket(self, path: str, who: str = "", **options: Any) -> connect:
-        headers = {"X-User": who} if who else {}
-        return connect(f"ws://127.0.0.1:{self.port}{path}", additional_headers=headers, **options)
-
-    async def publish(self, who: str, **options: Any) -> str:
-        signature = self.celery.signature("work", **options)
-        with records.as_owner(who):
-            return str((await asyncio.to_thread(signature.apply_async)).id)
-
-    async def store(self, task_id: str, result: Any, state: str) -> None:
-        await asyncio.to_thread(self.celery.backend.store_result, task_id, result, state)
-
-
-@asynccontextmanager
-async def serve(celery: Celery, **options: Any) -> AsyncIterator[Web]:
-    app = FastAPI()
-    attach(app, celery)
-    given: dict[str, Any] = {"owner": user, "tokens": TOKENS} | options
-    app.include_router(status_router(celery, **given))
-
-    @app.post("/work", status_code=202, dependencies=[Depends(owned_by(user))])
-    async def work(request: Request, idempotency: IdempotencyDep) -> dict[str, str]:
-        return {"task_id": (await idempotency.send(request.app.celery.signature("work"))).id}
-
-    port = free_port()
-    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning", lifespan="on"))
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    serving = asyncio.create_task(server.serve())
-    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
-        await asyncio.sleep(0.01)
-    try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
-            yield Web(celery, port, http)
-    finally:
-        server.should_exit = True
-        await serving
-
-
-def states_in(frames: list[dict[str, Any]]) -> list[str]:
-    return [frame["state"] for frame in frames if "state" in frame]
-
-
-async def frames(socket: ClientConnection) -> list[dict[str, Any]]:
-    return [json.loads(frame) async for frame in socket]
 
 
 async def sse(web: Web, path: str, **headers: str) -> list[tuple[int, dict[str, Any]]]:

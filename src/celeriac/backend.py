@@ -14,7 +14,7 @@ import celery.backends.redis
 import redis
 from celery import Celery, Task, states
 from celery.app.task import get_actual_ignore_result
-from celery.exceptions import BackendStoreError, TaskRevokedError
+from celery.exceptions import BackendStoreError, Ignore, TaskRevokedError
 from celery.signals import task_postrun, task_prerun
 from redis.exceptions import (
     ClusterDownError,
@@ -109,9 +109,10 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         run, mode = _step_of(request, state)
         again = getattr(request, "celeriac_retry_at", None) if state == states.RETRY else None
         event = events.of_state(state, getattr(result, "error", result), again)
-        if self.serializer != "json" or self.compression:  # which the script cannot read
-            self._step(task_id, "", state, run, mode, event, request)
-            return super()._store_result(task_id, result, state, traceback, request, **options)
+        emitter = getattr(request, "celeriac_emitter", None)
+        if emitter and request.id == task_id and emitter.takes(state):
+            emitter.state(state, result, event)
+            return result
         meta = self._get_result_meta(
             result=result, state=state, traceback=traceback, request=request
         )
@@ -141,7 +142,7 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
     def _step(
         self,
         task_id: str,
-        value: str,
+        value: Any,
         state: str,
         run: runs.Run | None,
         mode: str,
@@ -172,7 +173,8 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         if stored == runs.STALE:
             logger.warning("a later run of task %s counts: %s is not recorded", task_id, state)
         if stored == 1 and event:
-            self.show(task_id, value, state, event, record)
+            token = run.token if run and begins else ""
+            self.show(task_id, value, state, event, record, token)
 
     def keys_of(self, task_id: str) -> list[Any]:
         """The result, the runs, the record and the events: what the scripts take."""
@@ -194,6 +196,12 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         """Note that a run has ended, whose last state left something to do."""
         if run.begun and not run.ended:
             self._step(task_id, "", "", run, "end")
+
+    def end_ignored(self, run: runs.Run, task_id: str, request: Any) -> None:
+        """Tell of a run that ended with Ignore: Celery keeps the state as the body left it."""
+        if run.begun and not run.ended:
+            event = events.of_state(states.REVOKED, Ignore("it ended without a result"))
+            self._step(task_id, "", states.REVOKED, run, "end", event, request)
 
     @cached_property
     def prefix(self) -> str:
@@ -273,8 +281,11 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         """Whether the app has a status store of its own."""
         return self._status is not None
 
-    def cancel(self, task_id: str, reason: str = "cancelled") -> bool:
-        """Let a task that has not ended begin no more; whether it has not ended. Blocks."""
+    def cancel(self, task_id: str, reason: str = "cancelled", *, expired: bool = False) -> bool:
+        """Let a task that has not ended begin no more; whether it has not ended. Blocks.
+
+        `expired`: only one that has not begun, of which Celery's result says nothing then.
+        """
         error = TaskRevokedError(reason)
         meta = self._get_result_meta(
             result=error, state=states.REVOKED, traceback=None, request=None
@@ -282,23 +293,27 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         meta["result"] = self.prepare_exception(error)
         event = events.of_state(states.REVOKED, error)
         value, lifetime = self.encode(meta | {"task_id": task_id}), self._lifetime(states.REVOKED)
-        told = ("", records.UNTOUCHED) if self.shows_elsewhere else (event, "")
-        done = events.CANCEL.run(self.client, self.keys_of(task_id), value, lifetime, *told)
+        keys, kept = self.keys_of(task_id), records.UNTOUCHED
+        if self._status is not None:  # which alone knows its ETA
+            kept = max(kept, lease.execute(self._status, "TTL", keys[2]))
+        told = "" if self.shows_elsewhere else event
+        arguments = value, lifetime, told, kept, "1" if expired else ""
+        done = events.CANCEL.run(self.client, keys, *arguments)
         if done == _ENDED_AT_ONCE:
-            self.show(task_id, value, states.REVOKED, event)
+            self.show(task_id, "" if expired else value, states.REVOKED, event)
         return bool(done)
 
     async def emit(
         self, task_id: str, run: runs.Run | None, token: str, number: int, batch: list[Any],
-        value: str,
+        value: Any,
     ) -> bool:  # fmt: skip
         """Tell of what a run says, from its `number` on; whether it still counts."""
         pairs = [each for pair in batch for each in pair]
         keys, lifetime = self.keys_of(task_id), self.expires or 0
         if self.shows_elsewhere:
             arguments = "", token, number, value, lifetime, *pairs
-            await asyncio.to_thread(self._show_there, events.EMIT, keys, arguments)
-            return True
+            done = await asyncio.to_thread(self._show_there, events.EMIT, keys, arguments)
+            return bool(done != runs.STALE)
         field = run.field if run is not None else ""
         arguments = field, token, number, value, lifetime, *pairs
         if self.native:
@@ -308,22 +323,38 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
             done = await asyncio.to_thread(call)
         return bool(done == 1)
 
-    def show(self, task_id: str, value: str, state: str, event: str, record: str = "") -> None:
+    def show(
+        self, task_id: str, value: Any, state: str, event: str, record: str = "", token: str = ""
+    ) -> None:
         """Tell of a state in the app's own status store, if it has one."""
         if self._status is not None:
-            arguments = value, self._lifetime(state), event, self._kept(state, ""), record
-            bridge.offload(self._show_there, events.SHOW, self.keys_of(task_id), arguments)
+            told = value, self._lifetime(state), event, self._kept(state, ""), record, token, ""
+            bridge.offload(self._show_there, events.SHOW, self.keys_of(task_id), told)
 
-    def _show_there(self, script: Script, keys: list[Any], arguments: tuple[Any, ...]) -> None:
+    def show_missed(self, task_id: str) -> bool:
+        """Tell of an end in the status store that was away then; whether there was one. Blocks."""
+        value = self.client.get(self.get_key_for_task(task_id)) if self._status else None
+        if value is None:
+            return False
+        meta = self.decode(value)
+        if meta["status"] not in self.READY_STATES:
+            return False
+        state, lifetime = meta["status"], self._lifetime(meta["status"])
+        told = value, lifetime, events.of_state(state, meta.get("result")), lifetime, "", "", "1"
+        self._show_there(events.SHOW, self.keys_of(task_id), told)
+        return True
+
+    def _show_there(self, script: Script, keys: list[Any], arguments: tuple[Any, ...]) -> Any:
         if time.monotonic() < self._status_away_until:
-            return
+            return None
         assert self._status is not None
         try:
-            script.run(self._status, keys, *arguments)
+            return script.run(self._status, keys, *arguments)
         except redis.RedisError as error:
             # The result is safe; whoever watches this task sees it later.
             self._status_away_until = time.monotonic() + _STATUS_PAUSE
             logger.error("the status store did not take what %r tells: %s", keys[2], error)
+            return None
 
 
 class _Encoded(dict[str, Any]):
@@ -418,13 +449,22 @@ def _started(sender: Task, task_id: str, **_: Any) -> None:
         sender.app.backend._step(task_id, "", "", run, "begin", request=sender.request)
 
 
-def _ended(sender: Task, task_id: str, state: str | None, **_: Any) -> None:
+def _ended(sender: Task, task_id: str, state: str | None, retval: Any = None, **_: Any) -> None:
     if state == states.SUCCESS and _ignored(sender):
         _record(sender, task_id, states.SUCCESS)
     sender.request.celeriac_emitter = None  # which holds the request
     run = getattr(sender.request, "celeriac_run", None)
-    if run is not None and state is not None:  # without one it was cut off, and others say why
-        sender.app.backend.end(run, task_id)
+    if run is None or state is None:  # without a state it was cut off, and others say why
+        return
+    if state == states.IGNORED and not _goes_on(sender.request, retval):
+        sender.app.backend.end_ignored(run, task_id, sender.request)
+    sender.app.backend.end(run, task_id)
+
+
+def _goes_on(request: Any, ignored: Any) -> bool:
+    """Whether a body ended with Ignore because another task takes its place, and its id."""
+    marked = bool(request.__dict__.get("celeriac_replaced"))
+    return marked or str(ignored) == "Replaced by new task"  # of a base class that is not ours
 
 
 def _ignored(task: Task) -> bool:

@@ -11,16 +11,18 @@ import threading
 from collections import deque
 from collections.abc import Coroutine, Generator
 from concurrent.futures import Future
+from contextvars import Context
 from typing import Any
 from uuid import uuid4
 
-from celery import Task
+from celery import Task, states
 
 from celeriac import bridge, events
 
 logger = logging.getLogger(__name__)
 
 PROGRESS = "PROGRESS"
+_STORED_AT_ONCE = states.READY_STATES | {states.RETRY}
 _AT_ONCE = 100
 _ROOM = 1000  # events that wait before who tells more has to
 _MOST = 10_000  # of one that does not
@@ -34,7 +36,7 @@ class Emitter:
         self._run = getattr(self._request, "celeriac_run", None)
         self._token = self._run.token if self._run else uuid4().hex
         self._waiting: deque[tuple[str, str]] = deque()  # kind and text
-        self._progress: dict[str, Any] | None = None  # the last one that waits
+        self._state: tuple[str, Any] | None = None  # the last one that waits
         self._sent = 0
         self._sending = False
         self._lock = threading.Lock()
@@ -44,10 +46,26 @@ class Emitter:
     def progress(self, value: dict[str, Any]) -> None:
         text = events.of_state(PROGRESS, value)
         with self._lock:
-            if self._progress is not None:
-                self._waiting = deque(each for each in self._waiting if each[0] != "state")
-            self._progress = value
+            if self._state is not None:
+                self._waiting = deque(each for each in self._waiting if each[0] != PROGRESS)
+            self._state = PROGRESS, value
+            self._take_in(PROGRESS, text)
+
+    def takes(self, state: str) -> bool:
+        """Whether a state has to wait here behind what was told before.
+
+        In code that the loop runs by itself, as an asyncio task of the body's: it cannot wait for
+        what the loop sends.
+        """
+        return self._sending and self._on_loop() and state not in _STORED_AT_ONCE
+
+    def state(self, state: str, value: Any, text: str) -> None:
+        with self._lock:
+            self._state = state, value
             self._take_in("state", text)
+
+    def _on_loop(self) -> bool:
+        return asyncio._get_running_loop() is self._loop and not bridge.hosted()
 
     def emit(self, event: str, data: Any) -> None:
         text = events.of_own(event, data)
@@ -62,7 +80,8 @@ class Emitter:
         self._waiting.append((kind, text))
         if not self._sending:
             self._sending = True
-            self._loop.call_soon_threadsafe(self._start)
+            # In no context: the body's would make it one of those that end with the body.
+            self._loop.call_soon_threadsafe(self._start, context=Context())
 
     def _start(self) -> None:
         self._sender = self._loop.create_task(self._send(), name="celeriac-emit")
@@ -74,16 +93,16 @@ class Emitter:
                 if not batch:
                     self._sending = False
                     return
-                value = ""
-                if self._progress is not None and any(kind == "state" for kind, _ in batch):
-                    value, self._progress = self._stored(self._progress), None
+                value: Any = ""
+                if self._state is not None and any(kind != "event" for kind, _ in batch):
+                    value, self._state = self._stored(*self._state), None
             counts = await self._tell(batch, value)
             self._sent += len(batch)
             if not counts:  # a later run does
                 with self._lock:
                     self._waiting.clear()
 
-    async def _tell(self, batch: list[tuple[str, str]], value: str) -> bool:
+    async def _tell(self, batch: list[tuple[str, str]], value: Any) -> bool:
         backend, task_id = self._backend, self._request.id
         try:
             counts: bool = await backend.emit(
@@ -94,13 +113,12 @@ class Emitter:
             return True
         return counts
 
-    def _stored(self, progress: dict[str, Any]) -> str:
+    def _stored(self, state: str, value: Any) -> Any:
         """As Celery stores a state, for those who ask Celery."""
         meta = self._backend._get_result_meta(
-            result=progress, state=PROGRESS, traceback=None, request=self._request
+            result=value, state=state, traceback=None, request=self._request
         )
-        text: str = self._backend.encode(meta | {"task_id": self._request.id})
-        return text
+        return self._backend.encode(meta | {"task_id": self._request.id})
 
     async def _wait(self) -> None:
         while self._sending:
@@ -110,8 +128,8 @@ class Emitter:
                 await asyncio.wait([self._sender])
 
     def drain(self) -> None:
-        """Wait until all is sent."""
-        if self._sending:
+        """Wait until all is sent, where that does not stop the loop that sends it."""
+        if self._sending and not self._on_loop():
             sent = asyncio.run_coroutine_threadsafe(self._wait(), self._loop)
             if bridge.hosted():
                 bridge.run(_end_of(sent))

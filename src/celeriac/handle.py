@@ -4,6 +4,8 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
+from celery import states
+from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult, EagerResult, GroupResult
 
 from celeriac.status import reader_of
@@ -18,9 +20,12 @@ class Handle(AsyncResult):  # type: ignore[misc]
         Raises what the task raised, as `get` does, TaskRevokedError if it was revoked, and
         TimeoutError after `timeout` seconds.
         """
+        end = None
         async with asyncio.timeout(timeout), reader_of(self.app).follow(self.id) as events:
-            async for _ in events:
-                pass
+            async for event in events:
+                end = event
+        if end is not None and end.state == states.REVOKED:  # of which Celery may not know
+            raise TaskRevokedError((end.error or "").removeprefix(f"{end.code}: "))
         return await asyncio.to_thread(self.get, disable_sync_subtasks=False)
 
     def get(self, *args: Any, **options: Any) -> Any:

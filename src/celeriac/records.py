@@ -122,15 +122,16 @@ def commands(
     task_id, owner = headers["id"], headers.get(OWNER, "")
     key = key_of(prefix, task_id)
     waits = (_seconds(headers.get("eta")) or 0) - time.time()
+    kept = int(UNTOUCHED + max(0.0, waits))
     made: list[Command] = [
         ("HSET", key, "r", text_of(headers, owner, queue)),
-        ("EXPIRE", key, int(UNTOUCHED + max(0.0, waits))),
+        ("EXPIRE", key, kept),
     ]
     if follows and not headers.get("group_index"):  # the first of a chord's speaks for all
         for later, task, its_queue in _members([follows.get("chain"), follows.get("chord")]):
             later_key = key_of(prefix, later)
             text = text_of({"task": task}, owner, its_queue)
-            made += [("HSETNX", later_key, "r", text), ("EXPIRE", later_key, UNTOUCHED)]
+            made += [("HSETNX", later_key, "r", text), ("EXPIRE", later_key, kept)]
     if owner and not headers.get("retries") and not headers.get("replaced_task_nesting"):
         recent = owner_key_of(prefix, owner)
         made.append(("XADD", recent, "MAXLEN", "~", _RECENT, "*", "i", task_id))

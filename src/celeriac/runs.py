@@ -33,10 +33,14 @@ STALE, CANCELLED, DOUBLED = -1, -2, -3
 
 # A SUCCESS is overwritten by nothing, as in Celery, which reads it first. A retry is published
 # before its state is written: it may have begun, or ended, by then. Who cancels a task that has not
-# begun ends it; the worker that finds its message says so again.
+# begun ends it; the worker that finds its message says so again. A worker's main process may report
+# an end after the run did. What is revoked by Celery's remote control may be in any queue. Where no
+# event says that a run has begun the record does (`b`).
 STORE = Script(
     events.STATUS
     + events.TELL
+    + events.CALL_OFF
+    + f"local untouched = {records.UNTOUCHED}\n"
     + """
 local value, state, field, token, mode = ARGV[1], ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local event, kept = ARGV[8], ARGV[9]
@@ -51,15 +55,22 @@ if mode == 'begin' then
   if old then starts = cjson.decode(old).n + 1 end
   redis.call('HSET', KEYS[2], field, '{"n":' .. starts .. ',' .. ARGV[7])
   if ARGV[10] ~= '' then redis.call('HSETNX', KEYS[3], 'r', ARGV[10]) end
+  if event == '' then
+    redis.call('HSET', KEYS[3], 'b', field)
+    redis.call('EXPIRE', KEYS[3], kept)
+  end
 elseif field ~= '' then
   if token ~= '' then
     local old = redis.call('HGET', KEYS[2], field)
     if old and not string.find(old, token, 1, true) then return -1 end
     if not old and ends[status()] then return -1 end
   end
-  if mode == 'end' then redis.call('HDEL', KEYS[2], field) end
+  if mode == 'end' then
+    redis.call('HDEL', KEYS[2], field)
+    if event == '' then redis.call('HDEL', KEYS[3], 'b') end
+  end
 end
-if value == '' and event == '' then return 1 end
+if state == '' then return 1 end
 if state == 'RETRY' and field ~= '' then
   local id, retries, nesting = string.match(field, '^(.*):(%d+):(%d+)$')
   if redis.call('HEXISTS', KEYS[2], id .. ':' .. (retries + 1) .. ':' .. nesting) == 1 then
@@ -67,10 +78,18 @@ if state == 'RETRY' and field ~= '' then
   end
 end
 local old = status()
-if old == 'SUCCESS' or (ends[old] and (state == 'RETRY' or state == 'REVOKED' and old == state))
-then return 0 end
-if event ~= '' then tell(event, true, kept) end
+if old == 'SUCCESS' or ends[old] and (value == '' or state == 'RETRY'
+  or old == state and (state == 'REVOKED' or token == '')) then return 0 end
+local revoked = state == 'REVOKED' and token == ''
+if revoked and old == '' and redis.call('HEXISTS', KEYS[3], 'c') == 1 and told() == state then
+  return 0
+end
+local calls_off = revoked and field == '' and not begun(old)
+if event ~= '' then
+  if value == '' then tell_apart(event, kept) else tell(event, true, kept) end
+end
 if value ~= '' then store(value, ARGV[2]) end
+if calls_off then call_off(untouched, ARGV[2]) end
 return 1
 """
 )
@@ -235,7 +254,7 @@ class Runs:
         context: str = dumps(kept | {"task": task})  # type: ignore[no-untyped-call]
         now = int(time.time())
         record = f'{{"n":0,"w":"{self.holder}","k":"","t":{now},"x":{context}}}'
-        keys = [self._app.backend.get_key_for_task(request["id"]), self.key]
+        keys = self._app.backend.keys_of(request["id"])
         retry_ends = elsewhere or not request.get("retries")
         _ANNOUNCE.run(self._client, keys, field, record, int(retry_ends))
 

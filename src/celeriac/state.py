@@ -16,7 +16,8 @@ from celeriac.records import Record
 logger = logging.getLogger(__name__)
 
 _TOLD = ("state", "result", "error", "code", "safe", "time", "retry_at")
-TERMINAL = states.READY_STATES - {"REJECTED", "IGNORED"}
+_UNREADABLE = ValueError, TypeError, KeyError, RecursionError
+TERMINAL = states.READY_STATES
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,15 +116,15 @@ class States:
         """
         kept: dict[bytes, bytes] = record if isinstance(record, dict) else {}
         count = int(kept.get(b"n", 0))
-        noted = Record.read(kept[b"r"]) if b"r" in kept else None
+        noted = self._read_record(task_id, kept[b"r"]) if b"r" in kept else None
         if not kept and meta is None:
             return Known(task_id, 0, None)
         stored = self.decode(task_id, meta)
-        if b"s" in kept:
-            number, _, text = kept[b"s"].partition(b" ")
-            told = self.read_event(task_id, int(number), text)
-            assert isinstance(told, Status)
-            if meta is None or told.state == stored.state:
+        number, _, text = kept.get(b"s", b"0 ").partition(b" ")
+        told = self.read_event(task_id, int(number), text) if text else None
+        if isinstance(told, Status):
+            apart = kept.get(b"x") == number + b" " + stored.state.encode()
+            if meta is None or told.state == stored.state or apart:
                 if told.state == states.SUCCESS:
                     told = replace(told, result=stored.result)
                 return Known(task_id, count, replace(told, record=noted))
@@ -132,12 +133,25 @@ class States:
             stored = replace(stored, id=0, time=published)
         return Known(task_id, count, replace(stored, record=noted))
 
-    def read_event(self, task_id: str, number: int, text: bytes) -> Status | Event:
-        found = json.loads(text)
-        if "event" in found:
-            return Event(task_id, number, found["event"], found.get("data"), found.get("time"))
-        # Other versions may tell more.
-        return Status(task_id, id=number, **{name: found[name] for name in _TOLD if name in found})
+    def _read_record(self, task_id: str, text: bytes) -> Record | None:
+        try:
+            return Record.read(text)
+        except _UNREADABLE:
+            logger.exception("the record of task %s cannot be read", task_id)
+            return None
+
+    def read_event(self, task_id: str, number: int, text: bytes) -> Status | Event | None:
+        """None for one that cannot be read: it is logged, and keeps nobody from the others."""
+        try:
+            found = json.loads(text)
+            if "event" in found:
+                return Event(task_id, number, found["event"], found.get("data"), found.get("time"))
+            # Other versions may tell more.
+            told = {name: found[name] for name in _TOLD if name in found}
+            return Status(task_id, id=number, **told)
+        except _UNREADABLE:
+            logger.exception("event %d of task %s cannot be read: %.200r", number, task_id, text)
+            return None
 
     def decode(self, task_id: str, payload: bytes | None) -> Status:
         try:
@@ -164,7 +178,3 @@ class States:
         record = execute(client, "HGETALL", records.key_of(backend.prefix, task_id))
         stored: Any = client.get(store.task_key(self._app, task_id))
         return self.known(task_id, record, stored).status
-
-    def read_result(self, client: redis.Redis, task_id: str) -> bytes | None:
-        payload: Any = client.get(store.task_key(self._app, task_id))
-        return payload if isinstance(payload, bytes) else None

@@ -24,6 +24,7 @@ from redis.exceptions import RedisError
 
 from celeriac import records, store
 from celeriac.errors import ServiceError, UnknownTaskError
+from celeriac.expiry import Expiry
 from celeriac.feed import Feed
 from celeriac.follower import BUFFER, Follower
 from celeriac.state import TERMINAL, Event, Known, States, Status
@@ -35,7 +36,6 @@ logger = logging.getLogger(__name__)
 HINT_AFTER = 3.0  # seconds that a task may wait before anyone is asked why
 _HINT_KEPT = 10.0  # seconds
 _ANSWER = 1.0  # seconds for workers to say what they listen on
-_EXPIRY_GRACE = 1.0  # seconds for a worker to say that a task has expired
 _RECONCILE = 5.0  # seconds
 _POLL = 0.25  # seconds between reads where the result backend cannot publish
 
@@ -59,8 +59,10 @@ class Reader:
         self._users = 0
         self._queues: set[str] | None = None  # on which workers listen
         self._asked = -math.inf
-        self._asking: asyncio.Task[None] | None = None
-        self._chores: set[asyncio.Task[None]] = set()
+        self._hinting: asyncio.Task[None] | None = None
+        self._expiry = Expiry(app, self._do)
+        self._chores: set[asyncio.Task[Any]] = set()
+        self._asking: set[asyncio.Task[Any]] = set()  # of them those with a thread
         self._reconciling: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -74,48 +76,51 @@ class Reader:
 
     async def aclose(self) -> None:
         """Close the connection. Whoever still follows comes to an end."""
-        for followers in self._followers.values():
+        # Before the wait, in which a new user may start, with new ones.
+        ended, self._followers, self._task_ids = self._followers, {}, {}
+        runner, self._runner = self._runner, None
+        for followers in ended.values():
             for follower in followers:
                 follower.end()
-        for chore in self._chores:
-            if chore is not self._asking:  # whose thread would go on, with its connection
-                chore.cancel()
-        # Before the wait, in which a new user may start, with a new one.
-        runner, self._runner = self._runner, None
+        self._expiry.clear()
+        self._reconciling = None
+        # Of the others the thread would go on, with its connection.
+        ending: list[asyncio.Task[Any]] = list(self._asking)
+        for chore in self._chores - self._asking:
+            chore.cancel()
         if runner is not None:
             runner.cancel()
-        if ending := [each for each in (runner, self._asking) if each is not None]:
+            ending.append(runner)
+        if ending:
             await asyncio.wait(ending)
 
     async def snapshot(self, task_id: str, timeout: float = 2.0) -> Status:
         """The state now. Raises UnknownTaskError, and ServiceError after `timeout` seconds."""
         status = await self._snapshot(task_id, timeout)
-        expires = status.record.expires if status.record else None
-        overdue = expires is not None and time.time() > expires + _EXPIRY_GRACE
-        if overdue and status.state == states.PENDING and self._native():
-            await asyncio.to_thread(self._app.backend.cancel, task_id, "expired")
+        if await self._repair(status) or await self._expiry.end(status):
             status = await self._snapshot(task_id, timeout)
         return status
 
-    async def _reconcile(self) -> None:
-        """Where states are told elsewhere than results are stored: ends that were not told.
+    async def _repair(self, status: Status) -> bool:
+        """Where states are told elsewhere than results are stored: an end that was not told.
 
-        The status store was away when they were.
+        The status store was away when it was.
         """
-        while self._followers:  # which get one right after
+        backend = self._app.backend  # of this thread: Celery makes one for each
+        if status.terminal or not getattr(backend, "shows_elsewhere", False):
+            return False
+        try:
+            repaired: bool = await asyncio.to_thread(backend.show_missed, status.task_id)
+        except Exception as error:  # also of what cannot be read
+            logger.warning("the result of task %s is not known: %r", status.task_id, error)
+            return False
+        return repaired
+
+    async def _reconcile(self) -> None:
+        while self._followers:
             await asyncio.sleep(_RECONCILE)
             for task_id in set(self._task_ids.values()):
-                try:
-                    client = self._app.backend.client
-                    payload = await asyncio.to_thread(self._states.read_result, client, task_id)
-                except RedisError as error:
-                    logger.warning("the result backend is away: %s", error)
-                    break
-                status = self._states.decode(task_id, payload)
-                channel = records.events_key_of(self._prefix, task_id).encode()
-                for follower in self._followers.get(channel, ()) if status.terminal else ():
-                    if follower.listening and follower.differs(status):
-                        follower.put(status)
+                await self._repair(Status(task_id, states.PENDING))
 
     async def _snapshot(self, task_id: str, timeout: float) -> Status:
         if not self._native():
@@ -162,10 +167,14 @@ class Reader:
             try:
                 yield aiter(follower)
             finally:
-                self._followers[channel].remove(follower)
-                if not self._followers[channel]:
-                    del self._followers[channel], self._task_ids[channel], self._task_ids[stock]
-                    self._feed.send("UNSUBSCRIBE", channel, stock)
+                followers = self._followers.get(channel, [])
+                if follower in followers:  # and was not ended by `aclose`
+                    followers.remove(follower)
+                    if not followers:
+                        del self._followers[channel], self._task_ids[channel]
+                        del self._task_ids[stock]
+                        self._expiry.leave(task_id)
+                        self._feed.send("UNSUBSCRIBE", channel, stock)
 
     async def recent(
         self, owner: str, limit: int, before: str | None = None
@@ -224,9 +233,9 @@ class Reader:
         now = asyncio.get_running_loop().time()
         if now - self._asked > _HINT_KEPT:
             self._asked = now
-            self._asking = self._do(asyncio.to_thread(self._ask_workers))
-        if self._queues is None and self._asking is not None:
-            await asyncio.wait([self._asking], timeout=2 * _ANSWER)
+            self._hinting = self._do(asyncio.to_thread(self._ask_workers), asks=True)
+        if self._queues is None and self._hinting is not None:
+            await asyncio.wait([self._hinting], timeout=2 * _ANSWER)
         if self._queues is None or record.queue in self._queues:
             return status
         return replace(status, waiting=f"no worker listens on queue {record.queue!r}")
@@ -240,24 +249,13 @@ class Reader:
             return
         self._queues = {queue["name"] for queues in answers.values() for queue in queues}
 
-    def _do(self, chore: Coroutine[Any, Any, None]) -> "asyncio.Task[None]":
+    def _do(self, chore: Coroutine[Any, Any, Any], *, asks: bool = False) -> "asyncio.Task[Any]":
+        """Keep a task; one that `asks` workers does so in a thread, and is never cancelled."""
         task = asyncio.create_task(chore, name="celeriac-status-chore")
-        self._chores.add(task)
-        task.add_done_callback(self._chores.discard)
+        for chores in (self._chores, self._asking) if asks else (self._chores,):
+            chores.add(task)
+            task.add_done_callback(chores.discard)
         return task
-
-    def _watch_expiry(self, task_id: str, status: Status) -> None:
-        """What nobody has begun in time ends, though there may be no worker to say so."""
-        expires = status.record.expires if status.record else None
-        if status.state == states.PENDING and expires is not None:
-            self._do(self._expire(task_id, expires - time.time() + _EXPIRY_GRACE))
-
-    async def _expire(self, task_id: str, wait: float) -> None:
-        await asyncio.sleep(max(0.0, wait))
-        try:
-            await self.snapshot(task_id)  # which ends it
-        except (ServiceError, UnknownTaskError, RedisError) as error:
-            logger.warning("that task %s has expired is not noted: %s", task_id, error)
 
     @property
     def _prefix(self) -> str:
@@ -301,7 +299,7 @@ class Reader:
             return
         follower.listening = True
         last = follower.last
-        self._watch_expiry(known.task_id, known.status)
+        self._expiry.watch(known.status)
         if last is None:
             follower.put(known.status)
             follower.last = known.count
@@ -311,14 +309,18 @@ class Reader:
             return
         numbers = [int(entry[0].partition(b"-")[0]) for entry in entries]
         if last > known.count or (known.count > last and numbers[:1] != [last + 1]):
-            follower.put(replace(known.status, recovered=False))
-            follower.last = known.count
+            if follower.put(replace(known.status, recovered=False)):
+                follower.last = known.count
             return
         for number, (_, values) in zip(numbers, entries, strict=True):
             event = self._states.read_event(known.task_id, number, values[1])
+            if event is None:
+                follower.last = number
+                continue
             if isinstance(event, Status) and event.state == known.status.state == states.SUCCESS:
                 event = replace(event, result=known.status.result)
-            follower.put(event)
+            if not follower.put(event):
+                break
         if numbers and numbers[-1] < known.count:
             follower.listening = False  # there is more, for which it has no room now
         elif known.status.id is None and follower.differs(known.status):
@@ -340,25 +342,31 @@ class Reader:
             return
         if channel in self._followers:
             number, _, text = payload.partition(b" ")
-            self._tell(task_id, self._followers[channel], int(number), text)
+            if number.isdigit():  # ours
+                self._tell(task_id, self._followers[channel], int(number), text)
         else:
             own = records.events_key_of(self._prefix, task_id).encode()
             self._tell_of_stock(task_id, self._followers[own], payload)
 
     def _tell(self, task_id: str, followers: list[Follower], number: int, text: bytes) -> None:
-        event: Status | Event | None = None
-        for follower in followers:
-            if not follower.listening or follower.last is None or number <= follower.last:
-                continue
-            event = event or self._states.read_event(task_id, number, text)
-            succeeded = isinstance(event, Status) and event.state == states.SUCCESS
-            if succeeded or number > follower.last + 1:  # its value is elsewhere; one was missed
-                self._read_on(follower, task_id)
+        waiting = [each for each in followers if each.listening and each.last is not None]
+        behind = [each for each in waiting if number > (each.last or 0)]
+        if not behind:
+            return
+        self._expiry.leave(task_id)
+        event = self._states.read_event(task_id, number, text)
+        succeeded = isinstance(event, Status) and event.state == states.SUCCESS
+        for follower in behind:
+            if succeeded or number > (follower.last or 0) + 1:
+                self._read_on(follower, task_id)  # its value is elsewhere; one was missed
+            elif event is None:
+                follower.last = number
             else:
                 follower.put(event)
 
     def _tell_of_stock(self, task_id: str, followers: list[Follower], payload: bytes) -> None:
         """Of a state that Celery stored; of our workers' an event came right before."""
+        self._expiry.leave(task_id)
         status: Status | None = None
         for follower in followers:
             if follower.listening:

@@ -25,16 +25,46 @@ def is_async(task: celery.Task) -> bool:
 def run_async_body(task: celery.Task) -> None:
     """Let Celery's tracer run the `async def` body of `task`, whose base class is not ours.
 
-    Others stay as they are. A direct call, `task(1, 2)`, still gives the awaitable.
+    A direct call, `task(1, 2)`, still gives the awaitable. Other bodies stay as they are, but for
+    the look at whether they may start, for which a base class of ours has Celery's hook.
     """
     # Celery's autoretry stands around the body: it has to see the outcome, not the coroutine.
     attribute = "_orig_run" if hasattr(task, "_orig_run") else "run"
     body = getattr(task, attribute)
-    if is_async(task) and not isinstance(body, _AsyncBody):
+    if is_async(task) and not isinstance(body, (_AsyncBody, _Guarded)):
         setattr(task, attribute, _AsyncBody(task, body))
         if task._backend is None and not isinstance(task, Task):
             task.backend = _Backend(task.app)
         task.request_stack.__ident_func__ = bridge.stack_key
+    if not isinstance(task, Task) and not isinstance(task.run, _Guarded):
+        task.run = _Guarded(task, task.run)
+
+
+_REFUSED = {runs.CANCELLED: "cancelled", runs.DOUBLED: "sent twice"}
+
+
+def _refuse(task: celery.Task) -> None:
+    """End a run that must not start."""
+    request = task.request
+    refused = request.__dict__.get("celeriac_refused")
+    if refused is None:
+        return
+    request.celeriac_run = None
+    if refused == runs.CANCELLED:
+        task.backend.mark_as_revoked(request.id, "cancelled", request=request)
+    raise Ignore(_REFUSED[refused])
+
+
+class _Guarded:
+    """What runs only where the run is not refused."""
+
+    def __init__(self, task: celery.Task, function: Callable[..., Any]) -> None:
+        self._task = task
+        self.__wrapped__ = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _refuse(self._task)
+        return self.__wrapped__(*args, **kwargs)
 
 
 class _AsyncBody:
@@ -113,6 +143,8 @@ class Task(celery.Task):  # type: ignore[misc]
         super().__init__()
         if is_async(self):
             self.run: Callable[..., Any] = _AsyncBody(self, self.run)
+        if type(self).before_start is not Task.before_start:  # which it need not call
+            self.before_start = _Guarded(self, self.before_start)  # type: ignore[method-assign]
 
     @property
     def backend(self) -> Any:
@@ -154,18 +186,14 @@ class Task(celery.Task):  # type: ignore[misc]
         return apply_async_on_commit(self, session, *args, **options)
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
-        """Celery's hook: what must not start ends here. Call it in your own.
+        """Celery's hook, before which it is known whether the run may start."""
+        _refuse(self)
+        super().before_start(task_id, args, kwargs)  # an app's own base class may come after ours
 
-        That is what was cancelled meanwhile, and a message that was sent a second time.
-        """
-        refused = self.request.__dict__.get("celeriac_refused")
-        if refused is None:
-            return
-        self.request.celeriac_run = None
-        if refused == runs.CANCELLED:
-            self.backend.mark_as_revoked(task_id, "cancelled", request=self.request)
-            raise Ignore("cancelled")
-        raise Ignore("sent twice")
+    def replace(self, sig: Any) -> Any:
+        """Celery's, after which the task goes on."""
+        self.request.celeriac_replaced = True
+        return super().replace(sig)
 
     def progress(
         self, current: float, total: float | None = None, message: str | None = None

@@ -6,7 +6,8 @@ import os
 import time
 from typing import Any
 
-from celery import Celery
+from celery import Celery, Task
+from celery.exceptions import Ignore
 from redis import Redis
 
 import celeriac
@@ -103,3 +104,63 @@ async def owner() -> str:
 @celery.task
 def add(x: int, y: int) -> int:
     return x + y
+
+
+class Hooked(celery.Task):  # type: ignore[name-defined, misc]
+    """Somebody's own hook, which knows nothing of ours."""
+
+    def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
+        note("started", "hook")
+
+
+def note_start() -> None:
+    note("started", "body")
+
+
+async def note_start_soon() -> None:
+    note("started", "body")
+
+
+celery.task(base=Hooked, name="status_app.hooked")(note_start)
+celery.task(base=Hooked, name="status_app.hooked_async")(note_start_soon)
+celery.task(base=Task, name="status_app.foreign")(note_start)
+celery.task(base=Task, name="status_app.foreign_async")(note_start_soon)
+celery.task(
+    base=Task, name="status_app.foreign_retried", autoretry_for=(ValueError,), max_retries=1
+)(note_start)
+
+
+@celery.task(bind=True)
+async def step_together(self: Any, steps: int) -> None:
+    """From asyncio tasks of the body's own."""
+
+    async def one(step: int) -> None:
+        self.progress(step)
+        self.update_state(state=f"STEP-{step}", meta={"step": step})
+
+    await asyncio.gather(*map(one, range(steps)))
+
+
+@celery.task(bind=True)
+async def leave_at_once(self: Any, turns: int) -> None:
+    """While what it told is being sent."""
+    self.emit("line", 1)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+
+
+@celery.task(bind=True)
+def ignore(self: Any, state: str | None = None) -> None:
+    if state:
+        self.update_state(state=state, meta="as it was left")
+    raise Ignore
+
+
+@celery.task(bind=True)
+def hand_over(self: Any) -> None:
+    raise self.replace(add.s(1, 2).set(queue=self.request.delivery_info["routing_key"]))
+
+
+@celery.task(bind=True, base=Task)
+def hand_over_foreign(self: Any) -> None:
+    raise self.replace(add.s(1, 2).set(queue=self.request.delivery_info["routing_key"]))

@@ -14,9 +14,9 @@ from celeriac import adelay, adopt, records
 from celeriac.app import watching_runs
 from celeriac.embedded import Valkey
 from celeriac.errors import PublicError
-from celeriac.handle import as_completed
+from celeriac.handle import as_completed, handle
 from celeriac.status import Event, Reader, Status
-from support import close_results, empty_redis, given
+from support import close_results, empty_redis, eventually, given
 from workers import BROKERS, POOLS, Worker
 
 pytestmark = pytest.mark.anyio
@@ -216,7 +216,7 @@ async def test_a_killed_workers_task_is_seen_to_begin_again(broker: str, valkey:
             web.worker.process.signal(signal.SIGKILL)
             options = "-Q", web.worker.queue
             with Worker("status_app", "celeriac", broker, valkey.celery_url, *options, **env):
-                async with asyncio.timeout(LEASE + 8):
+                async with asyncio.timeout(LEASE + 5):
                     seen = states([each async for each in events])
         assert seen[-2:] == ["STARTED", "SUCCESS"]
 
@@ -283,7 +283,209 @@ async def test_a_web_process_ends_what_the_only_worker_left(broker: str, valkey:
         adopt(web.app, lease=LEASE)
         with watching_runs(web.app):
             web.worker.process.signal(signal.SIGKILL)
-            async with asyncio.timeout(LEASE + 8):
+            async with asyncio.timeout(LEASE + 5):
                 *_, end = await web.follow(task_id)
         assert isinstance(end, Status)
         assert (end.state, end.code) == ("FAILURE", "WorkerLostError")
+
+
+async def test_what_is_cancelled_begins_with_no_hook_and_no_base_of_somebodys(
+    pool: str, broker: str, valkey: Valkey
+) -> None:
+    app = Celery("web", broker=broker, backend=valkey.celery_url, set_as_current=False)
+    app.conf.broker_pool_limit = 0
+    adopt(app)
+    names = "hooked", "hooked_async", "foreign", "foreign_async", "foreign_retried"
+    queue = f"refused-{pool}"
+    async with Reader(app) as reader:
+        ids = []
+        for name in names:
+            signature = app.signature(f"status_app.{name}", queue=queue)
+            sent = await asyncio.to_thread(signature.apply_async)
+            assert (await reader.cancel(sent.id)).state == "REVOKED"
+            ids.append(sent.id)
+        async with side(pool, broker, valkey, "-Q", queue) as web:
+            after = await asyncio.to_thread(
+                app.signature("status_app.foreign_async", queue=queue).apply_async
+            )
+            assert states(await web.follow(after.id))[-1] == "SUCCESS"
+            for task_id in ids:
+                assert states(await web.follow(task_id, after=0)) == ["REVOKED"]
+            eventually(lambda: not web.worker.notes.exists("celeriac:runs"))
+            assert web.worker.notes.lrange("note:started", 0, -1) == [b"body"]
+    close_results(app.backend)
+
+
+async def test_a_cancelled_task_that_its_result_does_not_outlast_never_begins(
+    broker: str, valkey: Valkey
+) -> None:
+    app = Celery("web", broker=broker, backend=valkey.celery_url, set_as_current=False)
+    app.conf.update(broker_pool_limit=0, result_expires=1)
+    adopt(app)
+    signature = app.signature("status_app.wait", (0,), queue="outlasts")
+    sent = await asyncio.to_thread(signature.apply_async)
+    far = await asyncio.to_thread(signature.apply_async, countdown=2 * 86400)
+    async with Reader(app) as reader:
+        for each in (sent, far):
+            await reader.cancel(each.id)
+        lasts = app.backend.client.ttl(records.key_of("", far.id))
+        assert lasts > records.UNTOUCHED + 2 * 86400 - 60
+        await asyncio.sleep(1.5)
+        assert app.AsyncResult(sent.id).state == "PENDING"  # its result has expired
+        assert (await reader.cancel(sent.id)).state == "REVOKED"
+        async with side("celeriac", broker, valkey, "-Q", "outlasts") as web:
+            web.worker.process.wait_for(sent.id)
+            after = await asyncio.to_thread(
+                app.signature("status_app.add", (1, 2), queue="outlasts").apply_async
+            )
+            assert states(await web.follow(after.id))[-1] == "SUCCESS"
+            assert states(await web.follow(sent.id, after=0)) == ["REVOKED"]
+            assert not web.worker.notes.exists("note:started")
+    close_results(app.backend)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["", "elsewhere"])
+async def test_what_runs_longer_than_results_last_is_not_called_revoked_at_once(
+    elsewhere: bool, valkey: Valkey, tmp_path: Any
+) -> None:
+    """Whether its start is told or not, it is told to stop, and ends then."""
+    empty_redis(valkey.celery_url)
+    for conf in ('{"result_expires": 1}', '{"result_expires": 1, "task_track_started": false}'):
+        with Valkey(tmp_path) as other:
+            env = {"CONF": conf} | ({"STATUS_STORE": other.redis_url} if elsewhere else {})
+            async with side("threads", valkey.celery_url, valkey, **env) as web:
+                task_id = await web.send("wait_sync", 3)
+                await asyncio.to_thread(web.worker.noted, "started")
+                await asyncio.sleep(1.5)
+                assert (await web.reader.cancel(task_id)).state in ("STARTED", "PENDING")
+                assert states(await web.follow(task_id))[-1] == "SUCCESS"
+                if elsewhere:
+                    record = records.key_of("", task_id)
+                    assert web.app.backend.client.hgetall(record) == {b"c": b"1"}
+                    web.app.backend._status.close()
+
+
+async def test_states_from_asyncio_tasks_of_the_body_come_in_order(
+    pool: str, broker: str, valkey: Valkey
+) -> None:
+    async with side(pool, broker, valkey) as web:
+        events = await web.follow(await web.send("step_together", 5), after=0)
+        seen = states(events)
+        assert seen[0] == "STARTED"
+        assert seen[-1] == "SUCCESS"
+        assert [each for each in seen if each.startswith("STEP")] == [f"STEP-{n}" for n in range(5)]
+        assert seen.index("STEP-4") == len(seen) - 2
+
+
+async def test_the_end_of_the_body_cuts_off_nothing_that_it_told(
+    pool: str, broker: str, valkey: Valkey
+) -> None:
+    async with side(pool, broker, valkey) as web:
+        for turns in range(20):
+            events = await web.follow(await web.send("leave_at_once", turns), after=0)
+            assert [each.state for each in events] == ["STARTED", None, "SUCCESS"]
+
+
+async def test_what_ends_with_ignore_ends_for_those_who_follow(
+    pool: str, broker: str, valkey: Valkey
+) -> None:
+    """Celery keeps the state as the body left it."""
+    async with side(pool, broker, valkey) as web:
+        for left, told in (
+            (None, ["STARTED", "REVOKED"]),
+            ("SKIPPED", ["STARTED", "SKIPPED", "REVOKED"]),
+            ("SUCCESS", ["STARTED", "SUCCESS"]),
+        ):
+            task_id = await web.send("ignore", left)
+            events = await web.follow(task_id, after=0)
+            assert states(events) == told
+            assert web.app.AsyncResult(task_id).state == (left or "STARTED")
+            status = await web.reader.snapshot(task_id)
+            assert status.state == told[-1]
+            if left != "SUCCESS":
+                assert (status.code, status.safe) == ("Ignore", True)
+                with pytest.raises(TaskRevokedError, match="without a result"):
+                    await handle(web.app.AsyncResult(task_id)).result(timeout=5)
+        for name in ("hand_over", "hand_over_foreign"):
+            events = await web.follow(await web.send(name), after=0)
+            assert states(events) == ["STARTED", "STARTED", "SUCCESS"]
+
+
+@pytest.mark.parametrize("plain_pool", ["prefork", "threads"])
+async def test_what_a_worker_without_the_library_runs_does_not_expire(
+    plain_pool: str, broker: str, valkey: Valkey
+) -> None:
+    app = Celery("web", broker=broker, backend=valkey.celery_url, set_as_current=False)
+    app.conf.broker_pool_limit = 0
+    adopt(app)
+    with Worker("plain_app", plain_pool, broker, valkey.celery_url) as worker:
+        signature = app.signature("plain_app.wait", (5,), queue=worker.queue, expires=1)
+        sent = await asyncio.to_thread(signature.apply_async)
+        waiting = app.signature("plain_app.wait", (0,), queue="nobodys", expires=1)
+        never = await asyncio.to_thread(waiting.apply_async)
+        async with Reader(app) as reader, asyncio.timeout(20):
+            worker.process.wait_for(sent.id)
+            async with reader.follow(sent.id) as events:
+                await asyncio.sleep(2.5)
+                assert (await reader.snapshot(sent.id)).state == "PENDING"
+                assert (await reader.snapshot(never.id)).state == "REVOKED"
+                assert states([each async for each in events]) == ["PENDING", "SUCCESS"]
+            assert app.AsyncResult(never.id).state == "PENDING"  # which nobody can be sure of
+            with pytest.raises(TaskRevokedError, match=r"^expired$"):
+                await handle(never).result()
+    close_results(app.backend)
+
+
+async def test_what_runs_without_saying_so_does_not_expire(broker: str, valkey: Valkey) -> None:
+    """Nor is its retry refused."""
+    conf = '{"task_track_started": false}'
+    async with side("celeriac", broker, valkey, CONF=conf) as web:
+        task_id = await web.send("wait", 4, expires=1)
+        await asyncio.to_thread(web.worker.noted, "started")
+        await asyncio.sleep(2.1)
+        assert (await web.reader.snapshot(task_id)).state == "PENDING"
+        done = web.app.backend.cancel(task_id, "expired", expired=True)
+        assert done
+        assert states(await web.follow(task_id))[-1] == "SUCCESS"
+
+
+async def test_what_celerys_own_revoke_catches_reads_revoked_and_never_begins(
+    pool: str, broker: str, valkey: Valkey
+) -> None:
+    """In the queue, held until its time, and in the pool behind others."""
+    async with side(pool, broker, valkey) as web:
+        later = await web.send("wait", 0, countdown=60)
+        await asyncio.to_thread(web.worker.process.wait_for, later)
+        others = {"celeriac": 50, "threads": 8, "prefork": 2, "solo": 1}[pool]
+        for _ in range(others):
+            await web.send("wait_sync", 4)
+        waiting = [await web.send("wait_sync", 0) for _ in range(5)]
+        for _ in range(others):
+            await asyncio.to_thread(web.worker.noted, "started")
+        revoked = [later, *waiting]
+        for task_id in revoked:
+            await asyncio.to_thread(web.app.AsyncResult(task_id).revoke)
+        last = await web.send("add", 1, 2)
+        assert states(await web.follow(last))[-1] == "SUCCESS"
+        for task_id in revoked:
+            assert states(await web.follow(task_id, after=0)) == ["REVOKED"]
+            assert web.app.AsyncResult(task_id).state == "REVOKED"
+        assert not web.worker.notes.exists("note:started")
+
+
+async def test_what_celerys_own_revoke_made_revoked_begins_at_no_later_worker(
+    broker: str, valkey: Valkey
+) -> None:
+    """The one that heard of it is gone, and never had the message."""
+    async with side("celeriac", broker, valkey) as web:
+        signature = web.app.signature("status_app.wait", (0,), queue="not-yet")
+        task_id = (await asyncio.to_thread(signature.apply_async)).id
+        await asyncio.to_thread(web.app.AsyncResult(task_id).revoke)
+        assert states(await web.follow(task_id))[-1] == "REVOKED"
+    async with side("celeriac", broker, valkey, "-Q", "not-yet") as web:
+        web.worker.process.wait_for(task_id)
+        after = web.app.signature("status_app.add", (1, 2), queue="not-yet")
+        sent = await asyncio.to_thread(after.apply_async)
+        assert states(await web.follow(sent.id))[-1] == "SUCCESS"
+        assert states(await web.follow(task_id, after=0)) == ["REVOKED"]
+        assert not web.worker.notes.exists("note:started")

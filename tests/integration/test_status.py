@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
+from enum import Enum
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -19,7 +20,8 @@ from redis import Redis
 
 from celeriac import ConfigurationError, adelay, adopt, records
 from celeriac.embedded import Valkey
-from celeriac.errors import ServiceError, UnknownTaskError
+from celeriac.errors import PoisonError, PublishError, ServiceError, UnknownTaskError
+from celeriac.events import of_own, of_state
 from celeriac.status import Event, Reader, Status
 from celeriac.store import redis_url, status_connection
 from support import close_results, eventually, free_port
@@ -42,6 +44,10 @@ def anyio_backend() -> str:
 
 
 pytestmark = pytest.mark.anyio
+
+
+class Step(str, Enum):  # noqa: UP042 - as people write it
+    HALF = "HALF"
 
 
 async def collect(events: AsyncIterator[Status | Event]) -> list[Any]:
@@ -392,6 +398,219 @@ async def test_an_end_that_the_status_store_missed_is_told_all_the_same(
             assert (end.state, end.result) == ("SUCCESS", 7)
         app.backend._status.close()
         close_results(app.backend)
+
+
+async def test_an_end_that_the_status_store_missed_is_seen_by_who_looks_later(
+    redis_server: str, tmp_path: Path
+) -> None:
+    """And is written back: who follows, or resumes, is told."""
+    with Valkey(tmp_path) as other:
+        app = Celery("apart", backend=redis_server, set_as_current=False)
+        adopt(app, status_store=other.redis_url)
+        publish(app, "a", "b")
+        for task_id in ("a", "b"):
+            app.backend.store_result(task_id, None, states.STARTED)
+        await asyncio.to_thread(other.stop)
+        await asyncio.to_thread(app.backend.store_result, "a", 7, states.SUCCESS)
+        await asyncio.to_thread(other.start)
+        app.backend._status_away_until = 0.0  # of the worker's process, not of this one
+        async with Reader(app) as reader:
+            seen = await asyncio.gather(*(reader.snapshot("a") for _ in range(5)))
+            assert {(each.state, each.result, each.id) for each in seen} == {("SUCCESS", 7, 2)}
+            async with reader.follow("a", after=1) as events:
+                assert [(each.state, each.id) for each in await collect(events)] == [("SUCCESS", 2)]
+            assert (await reader.snapshot("b")).state == "STARTED"
+        app.backend._status.close()
+        close_results(app.backend)
+
+
+async def test_with_a_status_store_of_its_own_no_late_run_tells_after_the_one_that_counts(
+    redis_server: str, tmp_path: Path
+) -> None:
+    with Valkey(tmp_path) as other:
+        app = Celery("apart", backend=redis_server, set_as_current=False)
+        adopt(app, status_store=other.redis_url)
+        publish(app, "a")
+        backend = app.backend
+        progress = [("PROGRESS", of_state("PROGRESS", 1))]
+        for token in ("first", "second"):
+            event = of_state(states.STARTED)
+            backend.show("a", "{}", states.STARTED, event, token=token)
+            assert await backend.emit("a", None, token, 1, progress, "")
+        assert not await backend.emit("a", None, "first", 2, progress, "")
+        backend.store_result("a", 1, states.SUCCESS)
+        assert not await backend.emit("a", None, "second", 2, progress, "")
+        async with Reader(app) as reader, reader.follow("a", after=0) as events:
+            seen = [event.state for event in await collect(events)]
+        assert seen == ["STARTED", "PROGRESS", "STARTED", "PROGRESS", "SUCCESS"]
+        backend._status.close()
+        close_results(backend)
+
+
+async def test_an_event_that_cannot_be_read_keeps_nobody_from_the_others(
+    app: Celery, redis_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(app, "b")
+    key, stream = "celeriac:task:a", "celeriac:events:a"
+    with Redis.from_url(redis_url(redis_server)) as client:
+        async with Reader(app) as reader, reader.follow("a") as a, reader.follow("b") as b:
+            await anext(a)
+            await anext(b)
+            client.publish(stream, "nothing of ours")
+            client.hset(key, mapping={"n": 1, "s": "1 {half"})
+            client.xadd(stream, {"e": "{half"}, id="1-0")
+            client.publish(stream, "1 {half")
+            client.xadd(stream, {"e": "5"}, id="2-0")
+            client.hset(key, "n", 2)
+            assert (await reader.snapshot("a")).state == "PENDING"
+            app.backend.store_result("b", 1, states.SUCCESS)
+            app.backend.store_result("a", 1, "PROGRESS")
+            app.backend.store_result("a", 2, states.SUCCESS)
+            assert [each.state for each in await collect(b)] == ["SUCCESS"]
+            async with asyncio.timeout(5):
+                assert [(each.state, each.id) for each in await collect(a)] == [
+                    ("PROGRESS", 3),
+                    ("SUCCESS", 4),
+                ]
+    assert "event 1 of task a cannot be read" in caplog.text
+    assert "is away" not in caplog.text
+    assert "reading the status store failed" not in caplog.text
+
+
+@pytest.mark.parametrize("state", ['50% "done"', "50%\n", Step.HALF, "PROGRESS", "Über"])
+@pytest.mark.parametrize("value", [None, {"n": 1}])
+async def test_a_state_of_any_name_can_be_followed(app: Celery, state: str, value: object) -> None:
+    async with Reader(app) as reader, reader.follow("a") as events:
+        await anext(events)
+        app.backend.store_result("a", value, state)
+        app.backend.store_result("a", value, states.SUCCESS)
+        assert [each.state for each in await collect(events)] == [state, "SUCCESS"]
+
+
+def test_what_nobody_could_read_is_refused_where_it_is_told() -> None:
+    nested: list[Any] = []
+    for _ in range(300):
+        nested = [nested]
+    for value in (10**5000, {"x": [10**5000]}, nested, "\ud800"):
+        with pytest.raises(ValueError, match=r"."):
+            of_own("n", value)
+        assert json.loads(of_state("PROGRESS", value))["result"].startswith("not JSON: ")
+    assert json.loads(of_own("n", "1" * 5000))["data"] == "1" * 5000
+
+
+async def test_a_slow_follower_that_missed_what_is_not_kept_is_told_of_the_end(
+    app: Celery, redis_server: str
+) -> None:
+    async with Reader(app) as reader, reader.follow("a") as slow, reader.follow("a") as fast:
+        await anext(slow)
+        await anext(fast)
+        for n in range(256):
+            app.backend.store_result("a", n, "PROGRESS")
+        await asyncio.sleep(0.5)
+        for _ in range(256):
+            await anext(fast)
+        with Redis.from_url(redis_url(redis_server)) as client:
+            client.client_kill_filter(_type="pubsub")
+        for n in range(2200):
+            app.backend.store_result("a", n, "PROGRESS")
+        app.backend.store_result("a", None, states.SUCCESS)
+        await asyncio.sleep(1)
+        async with asyncio.timeout(10):
+            seen = await collect(slow)
+        assert seen[-1].state == "SUCCESS"
+        assert not all(each.recovered for each in seen)
+
+
+@pytest.mark.parametrize(
+    "setting", [("result_serializer", "pickle"), ("result_compression", "gzip")]
+)
+async def test_results_that_are_no_json_make_no_state_false_or_double(
+    redis_server: str, setting: tuple[str, str]
+) -> None:
+    app = Celery("other", backend=redis_server, set_as_current=False)
+    app.conf.update({"result_accept_content": ["json", "pickle"], setting[0]: setting[1]})
+    adopt(app)
+    publish(app, "a")
+    async with Reader(app) as reader, reader.follow("a") as events:
+        await anext(events)
+        for state, value in (
+            (states.STARTED, None),
+            ("PROGRESS", {1: 2}),
+            (states.SUCCESS, {1: 2}),
+        ):
+            app.backend.store_result("a", value, state)
+            await asyncio.sleep(0.1)
+            assert (await reader.snapshot("a")).state == state
+        seen = [
+            (each.state, each.as_json().get("result"), each.id) for each in await collect(events)
+        ]
+        assert seen == [
+            ("STARTED", None, 1), ("PROGRESS", {"1": 2}, 2), ("SUCCESS", {"1": 2}, 3)
+        ]  # fmt: skip
+        assert app.AsyncResult("a").result == {1: 2} or setting[1] == "gzip"
+        app.backend.store_result("a", ValueError(), states.FAILURE)
+        assert not app.backend.cancel("a")
+        assert (await reader.snapshot("a")).id == 3
+    close_results(app.backend)
+
+
+async def test_a_second_report_of_a_failure_is_not_told(app: Celery) -> None:
+    """As of a worker whose process failed the task and was then lost."""
+    app.backend.store_result("a", ValueError("first"), states.FAILURE)
+    app.backend.store_result("a", ValueError("second"), states.FAILURE)
+    async with Reader(app) as reader:
+        status = await reader.snapshot("a")
+    assert (status.id, status.error) == (1, "ValueError: first")
+
+
+async def test_following_what_expires_much_later_leaves_nothing_behind(app: Celery) -> None:
+    book = records.book_of(app)
+    assert book is not None
+    expires = datetime.fromtimestamp(time.time() + 3600, UTC).isoformat()
+    ids = [f"late-{n}" for n in range(20)]
+    for task_id in ids:
+        book.note({"id": task_id, "task": "t", "expires": expires}, "q")
+    async with Reader(app) as reader, reader.follow("a") as held:
+        await anext(held)
+        before = len(asyncio.all_tasks())
+        for task_id in ids * 3:
+            async with reader.follow(task_id) as events:
+                await anext(events)
+                assert len(asyncio.all_tasks()) <= before + 1
+        await asyncio.sleep(0.05)
+        assert len(asyncio.all_tasks()) == before
+
+
+async def test_who_follows_after_the_reader_was_closed_is_told(app: Celery) -> None:
+    reader = Reader(app)
+    async with reader.follow("a") as first:
+        await anext(first)
+        await reader.aclose()
+        async with reader.follow("a") as second:
+            assert (await anext(second)).state == "PENDING"
+            assert await collect(first) == []
+        async with reader.follow("a") as third:
+            await anext(third)
+            app.backend.store_result("a", 1, states.SUCCESS)
+            async with asyncio.timeout(5):
+                assert [each.state for each in await collect(third)] == ["SUCCESS"]
+    await reader.aclose()
+
+
+def test_the_last_of_a_chain_is_known_as_long_as_its_first_may_wait(app: Celery) -> None:
+    eta = datetime.fromtimestamp(time.time() + 60 * 86400, UTC).isoformat()
+    later = {"task": "t", "options": {"task_id": "later"}}
+    book = records.book_of(app)
+    assert book is not None
+    book.note({"id": "first", "task": "t", "eta": eta}, "q", {"chain": [later]})
+    for task_id in ("first", "later"):
+        assert app.backend.client.ttl(f"celeriac:task:{task_id}") > 89 * 86400
+
+
+def test_of_our_errors_only_those_are_shown_that_name_no_address() -> None:
+    told = of_state(states.FAILURE, PublishError("Error 111 connecting to redis.internal:6379"))
+    assert "safe" not in json.loads(told)
+    assert json.loads(of_state(states.FAILURE, PoisonError(3)))["safe"] is True
 
 
 async def test_a_prefix_of_all_keys_is_honoured(redis_server: str) -> None:

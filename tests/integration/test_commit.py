@@ -108,6 +108,11 @@ class Room:
         found: Any = self._redis.lrange("celery", 0, -1)
         return [json.loads(each)["headers"]["id"] for each in reversed(found)]
 
+    async def settled(self) -> list[str]:
+        """All that was sent, once nothing is left to be: a busy machine takes its time."""
+        await asyncio.to_thread(eventually, lambda: not self.left())
+        return sorted(self.sent())
+
     def left(self) -> list[str]:
         with self.database.session() as session:
             return list(session.scalars(select(waiting.c.task_id).order_by(waiting.c.id)))
@@ -169,18 +174,18 @@ async def test_what_is_committed_is_sent(room: Room) -> None:
         second = room.greet.apply_async_on_commit(opened.session, [2], task_id="its own")
         assert room.sent() == []
         await opened.run(Session.commit)
-        assert sorted(room.sent()) == sorted([first.id, second.id])
+        assert await room.settled() == sorted([first.id, second.id])
         assert second.id == "its own"
         await opened.run(add)
         await opened.run(Session.commit)
-    assert sorted(room.sent()) == sorted([first.id, second.id])
+    assert await room.settled() == sorted([first.id, second.id])
 
 
 async def test_of_a_transaction_that_did_nothing_else_too(room: Room) -> None:
     async with room.open() as opened:
         sent = room.greet.delay_on_commit(opened.session, 1)
         await opened.run(Session.commit)
-    assert room.sent() == [sent.id]
+    assert await room.settled() == [sent.id]
 
 
 async def test_what_is_rolled_back_is_not(room: Room) -> None:
@@ -220,7 +225,7 @@ async def test_a_savepoint_takes_only_its_own(room: Room) -> None:
 
     async with room.open() as opened:
         await opened.run(work)
-    assert sorted(room.sent()) == sorted(sent)
+    assert await room.settled() == sorted(sent)
 
 
 async def test_what_was_asked_for_before_a_savepoint_outlives_it(room: Room) -> None:
@@ -235,7 +240,7 @@ async def test_what_was_asked_for_before_a_savepoint_outlives_it(room: Room) -> 
 
     async with room.open() as opened:
         early = await opened.run(work)
-    assert room.sent() == [early]
+    assert await room.settled() == [early]
 
 
 @pytest.mark.parametrize("way", ["outbox"], indirect=True)
@@ -253,7 +258,7 @@ async def test_a_row_shares_the_fate_of_its_savepoint(room: Room) -> None:
 
     async with room.open() as opened:
         early = await opened.run(work)
-    assert room.sent() == [early]
+    assert await room.settled() == [early]
 
 
 async def test_bad_input_fails_at_the_call(room: Room) -> None:
@@ -541,13 +546,12 @@ async def test_no_request_fails_while_the_broker_is_away(
         broker = server.url_at(network.port)
         room = stack.enter_context(outer(server.url, database_url, BROKER=broker))
         with room.relay(), room.web() as url:
-            slowest = 0.0
+            took: dict[bool, list[float]] = {True: [], False: []}  # by whether it was away
 
             async def keep_ordering(client: httpx.AsyncClient, until: float) -> None:
-                nonlocal slowest
                 while (began := time.monotonic()) < until:
                     assert (await client.post(path)).status_code == 200
-                    slowest = max(slowest, time.monotonic() - began)
+                    took[began > away[0]].append(time.monotonic() - began)
 
             async with httpx.AsyncClient(base_url=url, timeout=30) as client:
                 away = time.monotonic() + 1, time.monotonic() + 1 + OUTAGE
@@ -561,4 +565,4 @@ async def test_no_request_fails_while_the_broker_is_away(
                 network.heal()
                 await asyncio.gather(*ordering)
             await asyncio.to_thread(eventually, room.all_shipped, 60)
-            assert slowest < 1
+            assert max(took[True]) < 1 + max(took[False])  # which is what this machine takes

@@ -29,7 +29,9 @@ from celeriac.fastapi import sockets
 from celeriac.fastapi.desk import Desk, matches, tag_of, tags_in
 from celeriac.fastapi.owners import PUBLIC, Access, Owner, OwnerPolicy, ReadTokens, checked
 from celeriac.fastapi.views import TaskId, TaskList, TaskStatus, described, shown
-from celeriac.status import Status, drop_reader, reader_of
+from celeriac.status import Event, Status, drop_reader, reader_of
+
+Events = AsyncIterator[Status | Event]
 
 _UNAVAILABLE = status.HTTP_503_SERVICE_UNAVAILABLE
 _LONGEST_WAIT = 60.0  # seconds of a long poll
@@ -165,30 +167,32 @@ def status_router(
             raise HTTPException(status.HTTP_409_CONFLICT, "it is no dead letter") from error
         return described(await desk.reader.snapshot(task_id), errors=errors)
 
-    async def resumed(
+    # A dependency ends with its request. A view that yields may be left where it waits to be read,
+    # and with it whatever it holds.
+    async def followed(
         request: Request,
         task: Readable,
         reading: Reading,
         after: After = None,
         last_event_id: Annotated[int | None, Header(ge=0, le=2**53)] = None,
-    ) -> AsyncIterator[int | None]:
+    ) -> AsyncIterator[Events]:
         after = last_event_id if last_event_id is not None else after
         if task.terminal and task.id is not None and after is not None and after >= task.id:
             raise HTTPException(status.HTTP_204_NO_CONTENT)  # which ends an EventSource for good
         with desk.stream(request, reading):
-            yield after
+            async with aclosing(desk.told_until_stopped(task.task_id, after)) as events:
+                yield events
 
     @router.get("/tasks/{task_id}/events", response_class=EventSourceResponse, responses=not_found)
     async def task_events(
-        task: Readable, after: Annotated[int | None, Depends(resumed)]
+        events: Annotated[Events, Depends(followed)],
     ) -> AsyncIterator[ServerSentEvent]:
         """What happens from now on, or after `Last-Event-ID`, to the end, as server-sent events."""
         with suppress(UnknownTaskError, ServiceError):  # any more: the client asks again
-            async with aclosing(desk.told_until_stopped(task.task_id, after)) as events:
-                async for event in events:
-                    data = shown(event, errors=errors)
-                    number = None if event.id is None else str(event.id)
-                    yield ServerSentEvent(data=data, id=number)
+            async for event in events:
+                data = shown(event, errors=errors)
+                number = None if event.id is None else str(event.id)
+                yield ServerSentEvent(data=data, id=number)
 
     @router.websocket("/ws/task_status/{task_id}")
     async def task_socket(

@@ -23,6 +23,7 @@ from websockets.exceptions import ConnectionClosed
 
 from celeriac import adopt, records
 from celeriac.fastapi import attach, routes, sockets, status_router
+from celeriac.fastapi.desk import Desk
 from celeriac.status import Reader, reader_of
 from celeriac.store import redis_url
 from support import close_results, free_port
@@ -89,7 +90,7 @@ class Server(uvicorn.Server):
 class Web:
     """A server, what it holds, and its clients: all of them ada's."""
 
-    def __init__(self, celery: Celery, door: Door, desk: Any, port: int) -> None:
+    def __init__(self, celery: Celery, door: Door, desk: Desk, port: int) -> None:
         self.celery, self.door, self._desk, self.port = celery, door, desk, port
         self.reader: Reader = reader_of(celery)
 
@@ -147,17 +148,17 @@ class Web:
 async def serve(
     celery: Celery, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> AsyncIterator[Web]:
-    desks: list[Any] = []
+    desks: list[Desk] = []
 
-    class Desk(routes._Desk):
-        def __init__(self, *given: Any) -> None:
-            super().__init__(*given)
+    class Recorded(Desk):
+        def __init__(self, *given: Any, **options: Any) -> None:
+            super().__init__(*given, **options)
             desks.append(self)
 
     async def user(connection: HTTPConnection) -> str:
         return connection.headers.get("x-user", "")
 
-    monkeypatch.setattr(routes, "_Desk", Desk)
+    monkeypatch.setattr(routes, "Desk", Recorded)
     app = FastAPI()
     attach(app, celery)
     app.include_router(status_router(celery, owner=user, streams=1000))
@@ -191,7 +192,7 @@ NONSENSE: list[str | bytes] = [
     '{"follow": "x", "after": -1}', '{"follow": "x", "after": "1"}',
     '{"follow": "x", "after": true}', '{"follow": "x", "after": 1.5}',
     '{"follow": "x", "after": NaN}', '{"follow": "x", "after": 1e999}',
-    '{"follow": "x", "after": %s}' % ("9" * 3000),
+    '{"follow": "x", "after": %s}' % ("9" * 3000), '{"follow": "x", "a": "%s"}' % ("x" * 5000),
     "[" * 2000, "[" * 500_000, '{"follow": ' * 300, "[[]," * 1000,
 ]  # fmt: skip
 
@@ -201,6 +202,9 @@ async def test_who_says_nonsense_is_told_what_is_expected(
 ) -> None:
     async with serve(celery, monkeypatch) as web:
         before = asyncio.all_tasks()
+        async with web.open("/ws/tasks") as client:  # as long as what makes sense can be
+            await client.send('{"unfollow": null, "follow": "%s"}' % (r"\ud83d\ude00" * 255))
+            assert json.loads(await client.recv())["code"] == "unknown"
         for said in NONSENSE:
             async with web.open("/ws/tasks") as client:
                 await client.send(said)

@@ -229,6 +229,10 @@ async def test_an_owners_tasks_come_in_pages_the_newest_first(celery: Celery) ->
                 break
             before = f"&before={page.json()['next']}"
         assert seen == ids[::-1]
+        # None of these is the place of an entry in Redis.
+        for wrong in ("0-0", "1", "x", "1-99999999999999999999", "\u0661-1", "1-1\n"):
+            answer = await web.http.get("/tasks", params={"before": wrong})
+            assert answer.status_code == 422, wrong
 
 
 async def test_a_token_lets_in_where_it_says_and_not_for_long(celery: Celery) -> None:

@@ -133,7 +133,7 @@ def status_router(
     @router.get("/tasks", response_model_exclude_none=True)
     async def list_tasks(
         who: Who,
-        before: Annotated[str | None, Query(pattern=r"^\d{1,20}-\d{1,20}$")] = None,
+        before: Annotated[str | None, Query(pattern=r"^[1-9][0-9]{0,18}-[0-9]{1,19}$")] = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
     ) -> TaskList:
         """The owner's recent tasks, the newest first."""

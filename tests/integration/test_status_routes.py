@@ -311,7 +311,9 @@ async def test_one_key_is_one_task_however_often_it_comes(celery: Celery) -> Non
         answers = await asyncio.gather(*(post() for _ in range(50)))
         assert {answer.status_code for answer in answers} == {202}
         (task_id,) = {answer.json()["task_id"] for answer in answers}
-        assert (await post(b"[]")).status_code == 422
+        used = await post(b"[]")
+        assert used.status_code == 422
+        assert used.json()["detail"][0]["loc"] == ["header", "Idempotency-Key"]
         others = await post(b"{}", **{"X-User": "bob"})
         assert others.json()["task_id"] != task_id
         without = await web.http.post("/work", headers={"X-User": "ada"})

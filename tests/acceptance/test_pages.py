@@ -25,10 +25,13 @@ from playwright.sync_api import (
 )
 from playwright.sync_api import Request as BrowserRequest
 
+import celeriac.fastapi
+from celeriac.status import Event, Status
 from support import missing
 from system import System
 
 CHROMIUM = Path("/usr/bin/chromium")
+STATIC = Path(celeriac.fastapi.__file__).parent / "static"
 QUIET = (
     "--disable-quic",
     "--no-first-run",
@@ -579,3 +582,64 @@ def test_an_element_shows_a_task(page: Page, system: System) -> None:
     expect(element.get_by_role("status")).to_contain_text("Failed: TypeError: divide() got")
     expect(element.locator("progress")).to_be_hidden()
     expect_no_markup(page)
+
+
+LOOK = """
+async () => {
+  const module = await import("/celeriac/client.js");
+  const read = new Set();
+  const options = new Proxy({ base: "/" }, {
+    get: (given, name) => { read.add(name); return given[name]; },
+  });
+  const error = await module.watchTask("no-such-task", options).catch((error) => error);
+  const each = (look) => Object.fromEntries(
+    Object.entries(module).map(([name, it]) => [name, look(it)])
+  );
+  return {
+    lengths: each((it) => it.length),
+    parents: each((it) => Object.getPrototypeOf(it).name ?? null),
+    kinds: each((it) => it.constructor.name),
+    options: [...read],
+    attributes: module.TaskStatusElement.observedAttributes,
+    isDefined: customElements.get("task-status") === module.TaskStatusElement,
+    isUnknown: error instanceof module.UnknownTask,
+  };
+}
+"""
+
+
+def test_the_declared_types_are_those_of_the_module(page: Page) -> None:
+    text = (STATIC / "client.d.ts").read_text()
+    functions = dict(re.findall(r"^export function (\w+)\((.*)\): Promise<", text, re.MULTILINE))
+    classes = dict(re.findall(r"^export class (\w+) extends (\w+)", text, re.MULTILINE))
+    constants = dict(re.findall(r"^export const (\w+): (\w+)", text, re.MULTILINE))
+    page.goto("/")
+    found = page.evaluate(LOOK)
+    assert set(found["kinds"]) == {*functions, *classes, *constants}
+    assert {name: found["parents"][name] for name in classes} == classes
+    assert {name: found["kinds"][name] for name in constants} == constants
+    for name, given in functions.items():
+        assert found["kinds"][name] in ("Function", "AsyncFunction")
+        # Those with a default do not count in JavaScript.
+        needed, most = len(re.findall(r"\w:", given)), len(re.findall(r"\w\??:", given))
+        assert needed <= found["lengths"][name] <= most, name
+    assert set(found["options"]) == members(text, "WatchOptions")
+    assert found["attributes"] == re.findall(r'([\w-]+)="…"', text)
+    assert found["isDefined"]
+    assert found["isUnknown"]
+
+
+def test_the_declared_event_has_all_that_is_sent() -> None:
+    given: dict[str, Any] = {"id": 1, "result": 1, "time": 1.0, "retry_at": 1.0, "waiting": "x"}
+    told: list[Status | Event] = [
+        Status("a", "PROGRESS", **given),
+        Status("a", "FAILURE", error="x", code="x", recovered=False),
+        Event("a", 1, "line", "x"),
+    ]
+    sent = {name for each in told for name in each.as_json()}
+    assert members((STATIC / "client.d.ts").read_text(), "TaskEvent") == sent
+
+
+def members(declared: str, interface: str) -> set[str]:
+    body = declared.partition(f"interface {interface} {{\n")[2].partition("\n}\n")[0]
+    return set(re.findall(r"^  (\w+)\??:", body, re.MULTILINE))

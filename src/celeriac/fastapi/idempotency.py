@@ -28,6 +28,12 @@ _KEPT = 86400  # seconds
 _CLAIM = 10  # seconds that one request has to send its task, before another may
 _PAUSE = (0.01, 0.2)  # seconds between looks at another request's outcome
 _SENT = "sent"
+# As FastAPI documents a 422.
+_USED = {
+    "type": "idempotency_key_used",
+    "loc": ["header", "Idempotency-Key"],
+    "msg": "This key was used for another request",
+}
 
 # `until` is when whoever sends it now is given up, or "sent". A record that is written in one step
 # with the message proves it.
@@ -99,10 +105,7 @@ class Idempotency:
                 case b"sent":
                     return handle(self._app.AsyncResult(task_id.decode()))
                 case b"other":
-                    raise HTTPException(
-                        status.HTTP_422_UNPROCESSABLE_CONTENT,
-                        "this Idempotency-Key was used for another request",
-                    )
+                    raise HTTPException(status.HTTP_422_UNPROCESSABLE_CONTENT, [_USED])
             await asyncio.sleep(pause)  # another request sends it just now
         raise ServiceError("another request with this Idempotency-Key has no outcome yet")
 

@@ -21,6 +21,8 @@ from fastapi import (
 )  # fmt: skip
 from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
+from pydantic import Field
+from pydantic.json_schema import SkipJsonSchema
 
 from celeriac import dead
 from celeriac.app import watching_runs
@@ -29,13 +31,24 @@ from celeriac.fastapi import sockets
 from celeriac.fastapi.desk import Desk, matches, tag_of, tags_in
 from celeriac.fastapi.owners import PUBLIC, Access, Owner, OwnerPolicy, ReadTokens, checked
 from celeriac.fastapi.views import TaskId, TaskList, TaskStatus, described, shown
-from celeriac.status import Status, drop_reader, reader_of
+from celeriac.status import Event, Status, drop_reader, reader_of
+
+Events = AsyncIterator[Status | Event]
 
 _UNAVAILABLE = status.HTTP_503_SERVICE_UNAVAILABLE
 _LONGEST_WAIT = 60.0  # seconds of a long poll
 _STATIC = Path(__file__).parent / "static"
 # To any page, which a browser lets read what was asked for without a cookie.
 _TO_ALL = {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": "ETag"}
+_ANSWERS = {
+    204: "It has ended, and the end has been seen",
+    304: "It is still as `If-None-Match` says",
+    404: "Unknown, or not yours",
+    409: "It is no dead letter",
+    429: "Too many streams are open: close some",
+    503: "The status store or the task queue is away: try again later",
+}
+_DETAIL = {"type": "object", "properties": {"detail": {"type": "string"}}, "required": ["detail"]}
 
 
 def status_router(
@@ -76,9 +89,9 @@ def status_router(
 
     router = APIRouter(lifespan=lifespan, tags=["tasks"])
     Who = Annotated[Owner, Depends(owner)]  # noqa: N806
-    After = Annotated[int | None, Query(ge=0, le=2**53)]  # noqa: N806
-    not_found: dict[int | str, Any] = {404: {"description": "Unknown, or not yours"}}
-    options: Any = {"responses": not_found, "response_model_exclude_none": True}
+    # Documented without a null, which neither an address nor a header has.
+    Number = Annotated[int, Field(ge=0, le=2**53)] | SkipJsonSchema[None]  # noqa: N806
+    After = Annotated[Number, Query()]  # noqa: N806
 
     async def access(
         who: Who, response: Response, token: Annotated[str | None, Query(max_length=1000)] = None
@@ -103,7 +116,9 @@ def status_router(
     Readable = Annotated[Status, Depends(readable)]  # noqa: N806
     Own = Annotated[Status, Depends(own)]  # noqa: N806
 
-    @router.get("/tasks/{task_id}", **options)
+    @router.get(
+        "/tasks/{task_id}", response_model_exclude_none=True, responses=_answers(304, 404, 503)
+    )
     async def get_task(
         task: Readable,
         response: Response,
@@ -128,10 +143,10 @@ def status_router(
             headers = {**_TO_ALL, "Access-Control-Allow-Headers": "If-None-Match"}
             return Response(status_code=status.HTTP_204_NO_CONTENT, headers=headers)
 
-    @router.get("/tasks", response_model_exclude_none=True)
+    @router.get("/tasks", response_model_exclude_none=True, responses=_answers(503))
     async def list_tasks(
         who: Who,
-        before: Annotated[str | None, Query(pattern=r"^\d{1,20}-\d{1,20}$")] = None,
+        before: Annotated[str | None, Query(pattern=r"^[1-9][0-9]{0,18}-[0-9]{1,19}$")] = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
     ) -> TaskList:
         """The owner's recent tasks, the newest first."""
@@ -140,7 +155,12 @@ def status_router(
         found, following = await desk.reader.recent(checked(who), limit, before)
         return TaskList(tasks=[described(each, errors=errors) for each in found], next=following)
 
-    @router.delete("/tasks/{task_id}", status_code=status.HTTP_202_ACCEPTED, **options)
+    @router.delete(
+        "/tasks/{task_id}",
+        status_code=status.HTTP_202_ACCEPTED,
+        response_model_exclude_none=True,
+        responses=_answers(404, 503),
+    )
     async def cancel_task(task: Own) -> TaskStatus:
         """Cancel: what waits never starts, what runs is told to stop."""
         try:
@@ -149,13 +169,11 @@ def status_router(
             detail = "it may run on, though it may be shown as ended: try again later"
             raise HTTPException(_UNAVAILABLE, detail, {"Retry-After": "5"}) from error
 
-    refused: Any = {409: {"description": "It is no dead letter"}}
-
     @router.post(
         "/tasks/{task_id}/retry",
         status_code=status.HTTP_202_ACCEPTED,
         response_model_exclude_none=True,
-        responses=not_found | refused,
+        responses=_answers(404, 409, 503),
     )
     async def retry_task(task: Own) -> TaskStatus:
         """Send a dead letter again, as a new task."""
@@ -165,30 +183,36 @@ def status_router(
             raise HTTPException(status.HTTP_409_CONFLICT, "it is no dead letter") from error
         return described(await desk.reader.snapshot(task_id), errors=errors)
 
-    async def resumed(
+    # A dependency ends with its request. A view that yields may be left where it waits to be read,
+    # and with it whatever it holds.
+    async def followed(
         request: Request,
         task: Readable,
         reading: Reading,
         after: After = None,
-        last_event_id: Annotated[int | None, Header(ge=0, le=2**53)] = None,
-    ) -> AsyncIterator[int | None]:
+        last_event_id: Annotated[Number, Header()] = None,
+    ) -> AsyncIterator[Events]:
         after = last_event_id if last_event_id is not None else after
         if task.terminal and task.id is not None and after is not None and after >= task.id:
             raise HTTPException(status.HTTP_204_NO_CONTENT)  # which ends an EventSource for good
         with desk.stream(request, reading):
-            yield after
+            async with aclosing(desk.told_until_stopped(task.task_id, after)) as events:
+                yield events
 
-    @router.get("/tasks/{task_id}/events", response_class=EventSourceResponse, responses=not_found)
+    @router.get(
+        "/tasks/{task_id}/events",
+        response_class=EventSourceResponse,
+        responses=_answers(204, 404, 429, 503),
+    )
     async def task_events(
-        task: Readable, after: Annotated[int | None, Depends(resumed)]
+        events: Annotated[Events, Depends(followed)],
     ) -> AsyncIterator[ServerSentEvent]:
         """What happens from now on, or after `Last-Event-ID`, to the end, as server-sent events."""
         with suppress(UnknownTaskError, ServiceError):  # any more: the client asks again
-            async with aclosing(desk.told_until_stopped(task.task_id, after)) as events:
-                async for event in events:
-                    data = shown(event, errors=errors)
-                    number = None if event.id is None else str(event.id)
-                    yield ServerSentEvent(data=data, id=number)
+            async for event in events:
+                data = shown(event, errors=errors)
+                number = None if event.id is None else str(event.id)
+                yield ServerSentEvent(data=data, id=number)
 
     @router.websocket("/ws/task_status/{task_id}")
     async def task_socket(
@@ -208,3 +232,11 @@ def status_router(
         return FileResponse(_STATIC / "client.js", media_type="text/javascript", headers=_TO_ALL)
 
     return router
+
+
+def _answers(*codes: int) -> dict[int | str, dict[str, Any]]:
+    """What is documented of them. The content has its type: a stream's refusal is no stream."""
+    content = {"content": {"application/json": {"schema": _DETAIL}}}
+    return {
+        code: {"description": _ANSWERS[code]} | (content if code >= 400 else {}) for code in codes
+    }

@@ -3,21 +3,24 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import HTTPException, WebSocket, status
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.websockets import WebSocketDisconnect
 
 from celeriac.errors import ServiceError, UnknownTaskError
 from celeriac.fastapi.desk import Desk
 from celeriac.fastapi.owners import Access
-from celeriac.fastapi.views import UNKNOWN, shown
+from celeriac.fastapi.views import UNKNOWN, TaskId, shown
 from celeriac.race import until_first
 
 _TRY_AGAIN_LATER = 1013
 _CODES = {404: 4404, 429: 4429}  # for HTTP's
 _AWAY = "the status store is away"
+_PATIENCE = 30.0  # seconds for a client to take what waits for it
 _TASKS = 100  # of a socket
+_LONGEST = 4096  # characters of a message; the longest id has room, each character escaped
 _EXPECTED = 'expected {"follow": "<task id>", "after": <number>} or {"unfollow": "<task id>"}'
 
 
@@ -36,6 +39,8 @@ async def opened(desk: Desk, websocket: WebSocket, access: Access) -> AsyncItera
         await _close(websocket, _CODES[404], UNKNOWN)
     except ServiceError:
         await _close(websocket, _TRY_AGAIN_LATER, _AWAY)
+    except WebSocketDisconnect:
+        pass  # nobody is there to be told
 
 
 async def follow_one(
@@ -44,9 +49,9 @@ async def follow_one(
     async def send_all() -> None:
         async with aclosing(desk.told(task_id, after)) as events:
             async for event in events:
-                await websocket.send_json(shown(event, errors=desk.errors))
+                await _send(websocket, shown(event, errors=desk.errors))
 
-    with desk.stream(websocket, access), suppress(WebSocketDisconnect):
+    with desk.stream(websocket, access):
         await desk.find(task_id, access)
         # A socket that nobody receives from never notices that its client left.
         await until_first(status_receive=_wait_for_disconnect(websocket), status_send=send_all())
@@ -57,9 +62,30 @@ async def _wait_for_disconnect(websocket: WebSocket) -> None:
         pass
 
 
+async def _send(websocket: WebSocket, message: dict[str, Any]) -> None:
+    """Raises WebSocketDisconnect where the client is gone, or has taken nothing for too long.
+
+    The connection of one that reads no more may stay open for ever, and with it all that it holds.
+    """
+    try:
+        async with asyncio.timeout(_PATIENCE):
+            await websocket.send_json(message)
+    except TimeoutError:
+        raise WebSocketDisconnect(status.WS_1006_ABNORMAL_CLOSURE) from None
+
+
 async def _close(websocket: WebSocket, code: int, reason: str | None = None) -> None:
-    with suppress(WebSocketDisconnect, RuntimeError):
-        await websocket.close(code, reason)
+    with suppress(WebSocketDisconnect, RuntimeError, TimeoutError):
+        async with asyncio.timeout(_PATIENCE):
+            await websocket.close(code, reason)
+
+
+class _Wish(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    follow: TaskId | None = None
+    unfollow: TaskId | None = None
+    after: Annotated[int, Field(ge=0, le=2**53)] | None = None
 
 
 class Many:
@@ -68,47 +94,55 @@ class Many:
     def __init__(self, desk: Desk, websocket: WebSocket, access: Access) -> None:
         self._desk, self._websocket, self._access = desk, websocket, access
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._gone = asyncio.Event()
 
     async def serve(self) -> None:
         with self._desk.stream(self._websocket, self._access):
-            await self._serve()
+            try:
+                await until_first(status_receive=self._receive(), status_gone=self._watch())
+            finally:
+                followed = list(self._tasks.values())
+                for task in followed:
+                    task.cancel()
+                await asyncio.gather(*followed, return_exceptions=True)
 
-    async def _serve(self) -> None:
-        try:
-            while True:
-                with suppress(ValueError):  # no JSON: told below
-                    message = await self._websocket.receive_json()
-                    if self._obey(message):
-                        continue
+    async def _receive(self) -> None:
+        while (message := await self._websocket.receive())["type"] != "websocket.disconnect":
+            text = message.get("text")
+            if text is None:
+                await _close(self._websocket, status.WS_1003_UNSUPPORTED_DATA, _EXPECTED)
+                return
+            if not self._obey(text):
                 await _close(self._websocket, status.WS_1008_POLICY_VIOLATION, _EXPECTED)
                 return
-        except KeyError:  # bytes
-            await _close(self._websocket, status.WS_1003_UNSUPPORTED_DATA, _EXPECTED)
-        except (WebSocketDisconnect, RuntimeError):
-            pass  # closed
-        finally:
-            followed = list(self._tasks.values())
-            for task in followed:
-                task.cancel()
-            await asyncio.gather(*followed, return_exceptions=True)
 
-    def _obey(self, message: Any) -> bool:
-        match message:
-            case {"follow": str(task_id)} if 0 < len(task_id) <= 255:
-                after = message.get("after")
-                if not (after is None or (type(after) is int and 0 <= after <= 2**53)):
-                    return False
-                self._drop(task_id)
-                if len(self._tasks) >= _TASKS:
-                    return False
-                task = asyncio.create_task(self._forward(task_id, after), name="celeriac-follow")
-                self._tasks[task_id] = task
-                task.add_done_callback(lambda ended: self._ended(task_id, ended))
-            case {"unfollow": str(task_id)}:
-                self._drop(task_id)
-            case _:
+    async def _watch(self) -> None:
+        """Until a frame could not be sent: who takes none may never say that it goes."""
+        await self._gone.wait()
+        raise WebSocketDisconnect(status.WS_1006_ABNORMAL_CLOSURE)
+
+    def _obey(self, text: str) -> bool:
+        if len(text) > _LONGEST:  # parsed, it would take many times its size
+            return False
+        try:
+            wish = _Wish.model_validate_json(text)
+        except ValidationError:
+            return False
+        if wish.follow is not None:
+            self._drop(wish.follow)
+            if len(self._tasks) >= _TASKS:
                 return False
+            self._follow(wish.follow, wish.after)
+        elif wish.unfollow is not None:
+            self._drop(wish.unfollow)
+        else:
+            return False
         return True
+
+    def _follow(self, task_id: str, after: int | None) -> None:
+        task = asyncio.create_task(self._forward(task_id, after), name="celeriac-follow")
+        self._tasks[task_id] = task
+        task.add_done_callback(lambda ended: self._ended(task_id, ended))
 
     def _drop(self, task_id: str) -> None:
         task = self._tasks.pop(task_id, None)
@@ -121,14 +155,16 @@ class Many:
 
     async def _forward(self, task_id: str, after: int | None) -> None:
         """One task, over the socket, which may be gone meanwhile."""
-        send, errors = self._websocket.send_json, self._desk.errors
-        with suppress(WebSocketDisconnect, RuntimeError):
+        socket, errors = self._websocket, self._desk.errors
+        try:
             try:
                 await self._desk.find(task_id, self._access)
                 async with aclosing(self._desk.told(task_id, after)) as events:
                     async for event in events:
-                        await send(shown(event, errors=errors))
+                        await _send(socket, shown(event, errors=errors))
             except (HTTPException, UnknownTaskError):
-                await send({"task_id": task_id, "error": UNKNOWN, "code": "unknown"})
+                await _send(socket, {"task_id": task_id, "error": UNKNOWN, "code": "unknown"})
             except ServiceError:
-                await send({"task_id": task_id, "error": _AWAY, "code": "away"})
+                await _send(socket, {"task_id": task_id, "error": _AWAY, "code": "away"})
+        except (WebSocketDisconnect, RuntimeError):
+            self._gone.set()

@@ -4,6 +4,7 @@ import json
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from redis import Redis
 
@@ -37,18 +38,25 @@ def worked_off(row: Row, redis: str, folder: Path, *, count: int, argument: obje
         command = row.command.replace("{redis}", redis)
         with child(command, row.framework.environment, folder / "log", env) as worker:
             worker.wait_for(lambda: passed() > 0, START, "first task")
-            start, used = time.perf_counter(), worker.cpu()
+            start, used, server = time.perf_counter(), worker.cpu(), _server_cpu(client)
             worker.wait_for(lambda: passed() >= 2 * count, END, "last task")
             stored = partial(_all_stored, row, client, count)
             worker.wait_for(stored, END, "last result", every=0.02)  # a look is work for the server
             seconds, used = time.perf_counter() - start, worker.cpu() - used
+            server = _server_cpu(client) - server
             return {
                 "tasks": count,
                 "seconds": seconds,
                 "tasks_per_second": count / seconds,
                 "cpu_us": used / count * 1e6,
+                "server_us": server / count * 1e6,
                 "peak_mb": worker.peak(),
             }
+
+
+def _server_cpu(client: Redis) -> float:
+    info: Any = client.info("cpu")
+    return float(info["used_cpu_user"] + info["used_cpu_sys"])
 
 
 def _all_stored(row: Row, client: Redis, count: int) -> bool:

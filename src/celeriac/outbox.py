@@ -144,8 +144,7 @@ class Outbox:
         claim = update(table).where(table.c.id.in_(select(due.c.id)), free)
         claim = claim.values(claimed_until=_Now() + CLAIM)
         columns = table.c.id, table.c.task_id, table.c.signature, table.c.ordering_key
-        async with engine.begin() as connection:
-            claimed = [Row(*each) for each in await connection.execute(claim.returning(*columns))]
+        claimed = [Row(*each) for each in await self._write(claim.returning(*columns))]
         return sorted(claimed, key=lambda row: row.id)
 
     def _due(self) -> CTE:
@@ -162,14 +161,19 @@ class Outbox:
 
     async def remove(self, ids: Iterable[int]) -> None:
         """Of what was sent."""
-        async with self.database.async_engine.begin() as connection:
-            await connection.execute(delete(self._table).where(self._table.c.id.in_(ids)))
+        await self._write(delete(self._table).where(self._table.c.id.in_(ids)))
 
     async def put_off(self, row: Row, seconds: float) -> None:
         """Let nobody try to send it for a while."""
         later = update(self._table).where(self._table.c.id == row.id)
-        async with self.database.async_engine.begin() as connection:
-            await connection.execute(later.values(claimed_until=_Now() + seconds))
+        await self._write(later.values(claimed_until=_Now() + seconds))
+
+    async def _write(self, statement: Any) -> Any:
+        # Not `begin`, an asynchronous generator, which the end of a loop would close in the middle.
+        async with self.database.async_engine.connect() as connection:
+            result = await connection.execute(statement)
+            await connection.commit()
+            return result
 
     @asynccontextmanager
     async def told(self) -> AsyncIterator[AsyncIterator[Any] | None]:

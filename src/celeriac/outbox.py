@@ -123,13 +123,15 @@ class Outbox:
     def insert(self, session: Session, messages: Sequence[dict[str, Any]]) -> list[Row]:
         """Add rows of `task_id`, `signature` and `ordering_key` to the session's transaction."""
         rows: list[Row] = []
+        # Not through the session's own `execute`, which does as much again for models.
+        connection = session.connection({"clause": self._table})
         for ordered, group in groupby(messages, lambda each: each["ordering_key"] is not None):
             some = list(group)
-            ids = session.scalars(self._insert[ordered], some if len(some) > 1 else some[0])
+            ids = connection.scalars(self._insert[ordered], some if len(some) > 1 else some[0])
             rows += [Row(number, **each) for number, each in zip(ids, some, strict=True)]
         # Commits that notify wait for each other in PostgreSQL: not where it is sent right after.
-        if self.relayed and session.get_bind(clause=self._table).dialect.name == "postgresql":
-            session.execute(select(func.pg_notify(TABLE, "")))
+        if self.relayed and connection.dialect.name == "postgresql":
+            connection.execute(select(func.pg_notify(TABLE, "")))
         return rows
 
     async def take(self) -> list[Row]:

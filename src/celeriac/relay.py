@@ -33,7 +33,7 @@ _AWAY = 1.0  # seconds in which a broker that was away is not tried again by tho
 _SPOILT = 60.0  # seconds until what is no fault of the broker's is tried again
 _LOOK_EVERY = 0.2  # seconds
 _AT_ONCE = 100  # messages on their way
-_CLOSING = 1.0  # seconds to remove what was sent
+_CLOSING = 2.0  # seconds to remove what was sent
 
 
 async def send(app: Celery, rows: Sequence[Row], age: float) -> None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 
 from celeriac import bridge, emitter, publish, rabbitmq, records
 from celeriac.handle import Handle
+from celeriac.inject import inject
 
 
 def is_async(task: celery.Task) -> bool:
@@ -22,19 +23,28 @@ def is_async(task: celery.Task) -> bool:
     return inspect.iscoroutinefunction(inspect.unwrap(body))
 
 
-def run_async_body(task: celery.Task) -> None:
-    """Let Celery's tracer run the `async def` body of `task`, whose base class is not ours.
+def adopt_body(task: celery.Task) -> None:
+    """Have Celery's tracer run an `async def` body, and any body with its dependencies.
 
-    Others stay as they are. A direct call, `task(1, 2)`, still gives the awaitable.
+    Others stay as they are. A direct call of the first, `task(1, 2)`, still gives the awaitable.
+    Raises ConfigurationError for dependencies that no task can have.
     """
-    # Celery's autoretry stands around the body: it has to see the outcome, not the coroutine.
+    if "celeriac_adopted" in vars(task):
+        return
+    # Celery's autoretry stands around the body: it has to see the outcome, not the coroutine, and
+    # the end of a session too.
     attribute = "_orig_run" if hasattr(task, "_orig_run") else "run"
-    body = getattr(task, attribute)
-    if is_async(task) and not isinstance(body, _AsyncBody):
-        setattr(task, attribute, _AsyncBody(task, body))
+    found = getattr(task, attribute)
+    body = inject(task, found)
+    if is_async(task):
+        body = _AsyncBody(task, body)
         if task._backend is None and not isinstance(task, Task):
             task.backend = _Backend(task.app)
-        task.request_stack.__ident_func__ = bridge.stack_key
+    task.celeriac_adopted = True
+    if body is not found:
+        setattr(task, attribute, body)
+        if task.request_stack is not None:  # of one that is bound
+            task.request_stack.__ident_func__ = bridge.stack_key
 
 
 class _AsyncBody:
@@ -111,8 +121,7 @@ class Task(celery.Task):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        if is_async(self):
-            self.run: Callable[..., Any] = _AsyncBody(self, self.run)
+        adopt_body(self)
 
     @property
     def backend(self) -> Any:

@@ -1,0 +1,45 @@
+"""What is written in a callable's signature, as far as it can be read."""
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def signature_of(call: Callable[..., Any], *, follow_wrapped: bool = True) -> inspect.Signature:
+    """Of `call`, with the annotations that are text evaluated, but for names that are not there.
+
+    Those are imported for type checkers only, or defined later. Empty for what has none, as some
+    builtins.
+    """
+    try:
+        signature = _unevaluated(call, follow_wrapped=follow_wrapped)
+    except (TypeError, ValueError):
+        return inspect.Signature()
+    names = getattr(inspect.unwrap(call), "__globals__", {})
+    if inspect.isclass(call):
+        names = vars(sys.modules.get(call.__module__, object))
+    return signature.replace(
+        parameters=[
+            each.replace(annotation=_evaluated(each.annotation, names))
+            for each in signature.parameters.values()
+        ],
+        return_annotation=_evaluated(signature.return_annotation, names),
+    )
+
+
+def _unevaluated(call: Callable[..., Any], **options: Any) -> inspect.Signature:
+    if sys.version_info >= (3, 14):
+        from annotationlib import Format
+
+        options["annotation_format"] = Format.FORWARDREF
+    return inspect.signature(call, **options)
+
+
+def _evaluated(annotation: Any, names: Mapping[str, Any]) -> Any:
+    if isinstance(annotation, str):
+        try:
+            return eval(annotation, dict(names))  # noqa: S307 (the module's own, as Python would)
+        except Exception:
+            return annotation
+    return annotation

@@ -197,6 +197,7 @@ class _Thread(_Place):
             if not answer.done():  # a time limit, say, was thrown in here
                 self._awaiting.cancel()
                 await asyncio.wait((answer,))
+                answer.exception()  # has been seen
             raise
 
     async def _await(self) -> None:

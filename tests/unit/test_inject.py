@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
@@ -12,7 +13,7 @@ from typing import Annotated, Any
 import celery
 import pytest
 from celery import Celery
-from celery.exceptions import Ignore, Retry
+from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 from fastapi import BackgroundTasks, Depends, Header, Query, Request, Response, WebSocket
 from fastapi.security import OAuth2PasswordBearer, SecurityScopes
 
@@ -549,3 +550,29 @@ def test_who_is_cancelled_while_a_thread_enters_leaves_it(app: Celery) -> None:
 
     asyncio.run(main())
     assert seen == ["left"]
+
+
+def test_a_time_limit_reaches_an_async_dependency_of_a_synchronous_body(app: Celery) -> None:
+    async def slow() -> AsyncIterator[None]:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        try:
+            await asyncio.sleep(60)
+            yield
+        finally:
+            await asyncio.sleep(0)
+            seen.append("slow: ended")
+
+    @app.task(shared=False)
+    def body(a: str = Depends(async_generator), b: None = Depends(slow)) -> None: ...
+
+    def limit(*_: object) -> None:
+        raise SoftTimeLimitExceeded
+
+    before = signal.signal(signal.SIGALRM, limit)
+    try:
+        with pytest.raises(SoftTimeLimitExceeded):
+            body.delay().get()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert seen[0] == "slow: ended"
+    assert seen[-1] == "async generator: closed"

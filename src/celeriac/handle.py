@@ -4,8 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
+from celery import Celery
 from celery.result import AsyncResult, EagerResult, GroupResult
 
+from celeriac.arguments import typed_result
+from celeriac.state import Status
 from celeriac.status import reader_of
 
 
@@ -15,13 +18,17 @@ class Handle(AsyncResult):  # type: ignore[misc]
     async def result(self, timeout: float | None = None) -> Any:
         """The value of the task once it has ended, without blocking the event loop.
 
-        Raises what the task raised, as `get` does, TaskRevokedError if it was revoked, and
-        TimeoutError after `timeout` seconds.
+        Of a task that is made here with `pydantic=True`, what its annotation says. Raises what the
+        task raised, as `get` does, TaskRevokedError if it was revoked, and TimeoutError after
+        `timeout` seconds.
         """
+        name: str | None = None
         async with asyncio.timeout(timeout), reader_of(self.app).follow(self.id) as events:
-            async for _ in events:
-                pass
-        return await asyncio.to_thread(self.get, disable_sync_subtasks=False)
+            async for event in events:
+                if isinstance(event, Status) and event.record is not None:
+                    name = event.record.task
+        value = await asyncio.to_thread(self.get, disable_sync_subtasks=False)
+        return typed_result(self.app, name, value)
 
     def get(self, *args: Any, **options: Any) -> Any:
         """Celery's, which blocks."""
@@ -34,7 +41,7 @@ class EagerHandle(EagerResult):  # type: ignore[misc]
 
     async def result(self, timeout: float | None = None) -> Any:
         """Its value; raises what the task raised."""
-        return self.get(disable_sync_subtasks=False)
+        return typed_result(self.app, self._name, self.get(disable_sync_subtasks=False))
 
     def get(self, *args: Any, **options: Any) -> Any:
         """Celery's."""
@@ -45,11 +52,12 @@ class EagerHandle(EagerResult):  # type: ignore[misc]
 _KINDS = {AsyncResult: Handle, EagerResult: EagerHandle}
 
 
-def handle(result: Any) -> Handle:
-    """What Celery gave for a task, to be awaited; that of a group stays as it is."""
+def handle(result: Any, app: Celery | None = None) -> Handle:
+    """What Celery gave for a task of `app`, to be awaited; that of a group stays as it is."""
     kind = next((_KINDS[each] for each in type(result).__mro__ if each in _KINDS), None)
     if kind is not None and not isinstance(result, kind):
         result.__class__ = kind  # it holds on to its task: a second one would end that too
+        result.app = result.app or app  # which Celery's of an eager run does not know
     made: Handle = result
     return made
 

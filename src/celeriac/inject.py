@@ -14,12 +14,11 @@ from weakref import WeakKeyDictionary
 
 import celery
 from celery import Celery
-from celery.utils.functional import head_from_fun
 
 from celeriac import bridge
 from celeriac.dependencies import Dependency, dependency, injected, needs_of
 from celeriac.executor import DaemonThreads
-from celeriac.signatures import signature_of
+from celeriac.signatures import set_header, signature_of
 
 __all__ = ["inject", "injected", "overrides"]
 
@@ -101,8 +100,8 @@ class _Filled:
         ]
         self._moved = parameters != list(signature.parameters.values())
         parameters.sort(key=lambda each: each.kind)
-        if self._moved and hasattr(task, "__header__"):  # what Celery checks calls against
-            task.__header__ = _header(body.__name__, signature.replace(parameters=parameters))
+        if self._moved:
+            set_header(task, signature.replace(parameters=parameters))
         self._positions = [each.name for each in parameters if each.kind < each.VAR_POSITIONAL]
 
     async def __call__(
@@ -117,14 +116,6 @@ class _Filled:
             if name not in given or kwargs.get(name) is injected:
                 kwargs[name] = await values.of(needed)
         return args, kwargs
-
-
-def _header(name: str, signature: inspect.Signature) -> Call:
-    def head() -> None: ...
-
-    head.__name__, vars(head)["__signature__"] = name, signature
-    made: Call = head_from_fun(head)
-    return made
 
 
 class _Place:

@@ -5,6 +5,9 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import celery
+from celery.utils.functional import head_from_fun
+
 
 def signature_of(call: Callable[..., Any], *, follow_wrapped: bool = True) -> inspect.Signature:
     """Of `call`, with the annotations that are text evaluated, but for names that are not there.
@@ -26,6 +29,23 @@ def signature_of(call: Callable[..., Any], *, follow_wrapped: bool = True) -> in
         ],
         return_annotation=_evaluated(signature.return_annotation, names),
     )
+
+
+def set_header(task: celery.Task, signature: inspect.Signature) -> None:
+    """Have Celery check the arguments of calls against `signature`."""
+
+    def head() -> None: ...
+
+    head.__name__ = type(task).__name__
+    vars(head)["__signature__"] = signature.replace(
+        parameters=[
+            # Celery writes it into source code, where not any can stand.
+            each if each.default is each.empty else each.replace(default=None)
+            for each in signature.parameters.values()
+        ]
+    )
+    if hasattr(task, "__header__"):  # or it is made of a class, whose calls are not checked
+        task.__header__ = head_from_fun(head)
 
 
 def _unevaluated(call: Callable[..., Any], **options: Any) -> inspect.Signature:

@@ -13,6 +13,8 @@ from celery.utils import uuid
 from pydantic import BaseModel
 
 from celeriac import bridge, emitter, publish, rabbitmq, records
+from celeriac.arguments import Arguments, arguments_of
+from celeriac.dependencies import needs_of
 from celeriac.handle import Handle
 from celeriac.inject import inject
 
@@ -35,11 +37,18 @@ def adopt_body(task: celery.Task) -> None:
     # the end of a session too.
     attribute = "_orig_run" if hasattr(task, "_orig_run") else "run"
     found = getattr(task, attribute)
-    body = inject(task, found)
+    arguments = task.celeriac_arguments = arguments_of(task, found)
+    body = inject(task, found if arguments is None else arguments.body)
+    if arguments is not None:
+        arguments.left_out = needs_of(f"task {task.name}", found)
+        if not isinstance(task, Task):
+            task._dump_pydantic_arguments = arguments.dump
     if is_async(task):
         body = _AsyncBody(task, body)
         if task._backend is None and not isinstance(task, Task):
             task.backend = _Backend(task.app)
+    elif arguments is not None:
+        body = _TypedBody(task, body)
     task.celeriac_adopted = True
     if body is not found:
         setattr(task, attribute, body)
@@ -53,6 +62,9 @@ class _AsyncBody:
         self.__wrapped__ = body
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments: Arguments | None = self._task.celeriac_arguments
+        if arguments is not None:
+            args, kwargs = arguments.load(args, kwargs)
         coroutine = self._body(*args, **kwargs)
         request = self._task.request
         # The tracer calls once for each request; what the body calls itself, it awaits.
@@ -61,9 +73,24 @@ class _AsyncBody:
             return coroutine
         request.celeriac_running = True
         result = bridge.run_body(coroutine)
-        if isinstance(result, BaseModel) and self._task._dump_pydantic_arguments is not None:
-            return result.model_dump(mode="json")  # as Celery does for a synchronous body
-        return result
+        return result if arguments is None else arguments.dump_result(result)
+
+
+class _TypedBody:
+    """A synchronous body in the place of the one that Celery wraps for `pydantic=True`."""
+
+    def __init__(self, task: celery.Task, body: Callable[..., Any]) -> None:
+        self._task, self._body = task, body
+        self.__wrapped__ = body
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments: Arguments = self._task.celeriac_arguments
+        args, kwargs = arguments.load(args, kwargs)
+        result = self._body(*args, **kwargs)
+        # Celery dumps a model even where it is called directly, and nothing else.
+        if self._task.request.called_directly and not isinstance(result, BaseModel):
+            return result
+        return arguments.dump_result(result)
 
 
 # What the tracer, and a body, have the result backend do, which may block.
@@ -118,6 +145,7 @@ class Task(celery.Task):  # type: ignore[misc]
     """Celery's task, whose body may be an `async def`. `adopt` makes it an app's default base."""
 
     abstract = True
+    celeriac_arguments: Arguments | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,11 +174,14 @@ class Task(celery.Task):  # type: ignore[misc]
         return super().apply(*args, **options)
 
     @publish.only_publishes
-    def apply_async(self, *args: Any, **options: Any) -> Any:
-        """Celery's, with delays of less than a second on quorum queues too."""
+    def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
+        """Celery's, with typed arguments, and delays of less than a second on quorum queues too."""
+        typed = self.celeriac_arguments
+        if typed is not None and (options.get("serializer") or self.serializer) != "pickle":
+            args, kwargs = typed.dump(args, kwargs, passed_on=bool(options.get("parent_id")))
         if options.get("countdown") or options.get("eta"):
             options |= rabbitmq.delay(self.app, options)
-        return super().apply_async(*args, **options)
+        return super().apply_async(args, kwargs, *more, **options)
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
         """Celery's hook: what was cancelled meanwhile does not start. Call it in your own."""

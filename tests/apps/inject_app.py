@@ -3,6 +3,8 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Annotated
 
 import celery as stock
@@ -41,6 +43,26 @@ async def async_session() -> AsyncIterator[AsyncSession]:
 
 SessionDep = Annotated[Session, Depends(session)]
 AsyncSessionDep = Annotated[AsyncSession, Depends(async_session)]
+
+
+@dataclass
+class Line:
+    ends: tuple[int, int]
+    drawn: datetime
+
+
+@celery.task(pydantic=True)
+async def draw(lines: list[Line], session: AsyncSessionDep = injected) -> dict[str, Line]:
+    assert isinstance(lines[0].drawn, datetime)
+    assert (await session.execute(text("SELECT 1"))).scalar_one()
+    return {str(number): line for number, line in enumerate(lines)}
+
+
+@celery.task(pydantic=True, bind=True)
+def draw_sync(self: Task, lines: list[Line], session: SessionDep = injected) -> dict[str, Line]:
+    assert isinstance(lines[0].drawn, datetime)
+    assert session.execute(text("SELECT 1")).scalar_one()
+    return {str(number): line for number, line in enumerate(lines)}
 
 
 class Foreign(stock.Task):  # type: ignore[misc]

@@ -4,10 +4,12 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from celery import chain
 from sqlalchemy import text
 
 from celeriac.database import Database
 from celeriac.embedded import Valkey
+from celeriac.errors import ArgumentError
 from support import empty_redis, eventually
 from workers import POOLS, Worker
 
@@ -81,6 +83,19 @@ def test_the_current_task_is_the_dependencys_too(kind: str, worker: Worker) -> N
     results = [worker.send(f"who{kind}") for _ in range(10)]
     assert [result.get(timeout=10) for result in results] == [result.id for result in results]
     assert {worker.noted("left") for _ in results} == {result.id for result in results}
+
+
+@pytest.mark.parametrize("kind", ["", "_sync"])
+def test_types_come_from_plain_json_and_a_wrong_one_in_a_chain_is_of_who_gets_it(
+    kind: str, worker: Worker
+) -> None:
+    line = {"ends": [1, 2], "drawn": "2026-11-20T12:00:00Z"}
+    assert worker.send(f"draw{kind}", [line]).get(timeout=10) == {"0": line}
+    draw = worker.signature(f"draw{kind}")
+    result = chain(worker.signature(f"add{kind}", 1), draw, app=worker.client).delay()
+    with pytest.raises(ArgumentError, match=f"^task inject_app.draw{kind}: lines: Input should be"):
+        result.get(timeout=10)
+    assert (result.parent.state, result.state) == ("SUCCESS", "FAILURE")
 
 
 def test_a_body_that_is_cancelled_takes_back_what_it_wrote(

@@ -32,7 +32,7 @@ _UNTYPED = (None, type(None), inspect.Parameter.empty, Any, object)
 
 def arguments_of(task: celery.Task, run: Callable[..., Any]) -> "Arguments | None":
     """The types of `task`, whose body Celery has as `run`; None without `pydantic=True`."""
-    return None if task._dump_pydantic_arguments is None else Arguments(task, run)
+    return Arguments(task, run) if hasattr(run, "dump_arguments") else None
 
 
 def typed_result(app: Celery | None, name: str | None, result: Any) -> Any:
@@ -54,9 +54,9 @@ class Arguments:
         self._name = task.name
         set_header(task, signature_of(self.body))  # Celery's is that of its wrapper, of anything
         # Celery's further options, which it keeps to its wrapper.
-        inside = inspect.getclosurevars(wrapper).nonlocals
-        given = inspect.getclosurevars(inside["validate_argument"]).nonlocals
-        self._dump_options: dict[str, Any] = inside["dump_kwargs"]
+        given = dict(inspect.getclosurevars(wrapper).nonlocals)
+        given |= inspect.getclosurevars(given["validate_argument"]).nonlocals
+        self._dump_options: dict[str, Any] = given["dump_kwargs"]
         self._strict: bool = given["strict"]
         self._context = {**given["context"], "celery_app": task.app, "celery_task_name": task.name}
 

@@ -2,7 +2,8 @@
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import celery
@@ -19,9 +20,7 @@ def signature_of(call: Callable[..., Any], *, follow_wrapped: bool = True) -> in
         signature = _unevaluated(call, follow_wrapped=follow_wrapped)
     except (TypeError, ValueError):
         return inspect.Signature()
-    names = getattr(inspect.unwrap(call), "__globals__", {})
-    if inspect.isclass(call):
-        names = vars(sys.modules.get(call.__module__, object))
+    names = _names_around(call)
     return signature.replace(
         parameters=[
             each.replace(annotation=_evaluated(each.annotation, names))
@@ -36,14 +35,7 @@ def set_header(task: celery.Task, signature: inspect.Signature) -> None:
 
     def head() -> None: ...
 
-    head.__name__ = type(task).__name__
-    vars(head)["__signature__"] = signature.replace(
-        parameters=[
-            # Celery writes it into source code, where not any can stand.
-            each if each.default is each.empty else each.replace(default=None)
-            for each in signature.parameters.values()
-        ]
-    )
+    head.__name__, vars(head)["__signature__"] = type(task).__name__, signature
     if hasattr(task, "__header__"):  # or it is made of a class, whose calls are not checked
         task.__header__ = head_from_fun(head)
 
@@ -56,10 +48,23 @@ def _unevaluated(call: Callable[..., Any], **options: Any) -> inspect.Signature:
     return inspect.signature(call, **options)
 
 
-def _evaluated(annotation: Any, names: Mapping[str, Any]) -> Any:
+def _names_around(call: Any) -> dict[str, Any]:
+    """What the text of an annotation of `call` may name."""
+    while isinstance(call, partial):
+        call = call.func
+    call = inspect.unwrap(call)
+    if inspect.isclass(call):
+        call = call.__init__
+    elif not inspect.isroutine(call):
+        call = type(call).__call__
+    names: dict[str, Any] = getattr(call, "__globals__", {})
+    return names
+
+
+def _evaluated(annotation: Any, names: dict[str, Any]) -> Any:
     if isinstance(annotation, str):
         try:
-            return eval(annotation, dict(names))  # noqa: S307 (the module's own, as Python would)
+            return eval(annotation, names)  # noqa: S307 (the module's own, as Python would)
         except Exception:
             return annotation
     return annotation

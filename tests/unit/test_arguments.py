@@ -185,7 +185,7 @@ def test_a_wrong_argument_is_the_callers_error(
 
 def test_all_wrong_arguments_are_named_and_missing_ones_are_celerys(app: Celery) -> None:
     @app.task(pydantic=True, shared=False)
-    def body(a: int, b: list[int], c: str = "") -> None: ...
+    def body(a: int, b: list[int], *, c: str = "") -> None: ...
 
     with pytest.raises(ValueError, match=r"^task .*body: a: Input should [^;]*; b\.0: Input"):
         body.delay("x", b=["y"])

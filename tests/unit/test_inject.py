@@ -16,6 +16,7 @@ from celery import Celery
 from celery.exceptions import Ignore, Retry, SoftTimeLimitExceeded
 from fastapi import BackgroundTasks, Depends, Header, Query, Request, Response, WebSocket
 from fastapi.security import OAuth2PasswordBearer, SecurityScopes
+from typing_extensions import TypeAliasType
 
 from celeriac import ConfigurationError, adopt, bridge
 from celeriac.inject import injected, overrides
@@ -101,6 +102,11 @@ async def async_generator() -> AsyncIterator[str]:
         seen.append("async generator: closed")
 
 
+@wraps(generator)
+def decorated() -> Iterator[str]:
+    return generator()
+
+
 class Made:
     def __init__(self, part: Annotated[str, Depends(plain)]) -> None:
         self.part = part
@@ -130,14 +136,16 @@ def test_every_kind_of_dependency_and_what_they_need_themselves(make: Callable[.
         f: Annotated[str, Depends(Called())] = injected,
         g: Annotated[list[object], Depends(nested)] = injected,
         h: Annotated[str, Depends(partial(str, "partial"))] = injected,
+        i: Annotated[str, Depends(partial(decorated))] = injected,
     ) -> list[object]:
-        return [number, a, b, c, d, e.part, f, g, h]
+        return [number, a, b, c, d, e.part, f, g, h, i]
 
     assert make(body).delay(1).get() == [
         1, "plain", "coroutine", "generator", "async generator", "plain", "called",
-        ["coroutine", "generator", 10], "partial",
+        ["coroutine", "generator", 10], "partial", "generator",
     ]  # fmt: skip
     assert seen == [
+        "generator: success", "generator: closed",
         "async generator: success", "async generator: closed",
         "generator: success", "generator: closed",
     ]  # fmt: skip
@@ -309,8 +317,9 @@ def test_a_dependency_that_fails_ends_what_was_entered_before_it(make: Callable[
         assert seen[::2] == ["async generator: KeyError", "generator: KeyError"]
 
 
+@pytest.mark.parametrize("base", [None, celery.Task])
 def test_autoretry_sees_the_end_of_a_session_and_each_try_has_its_own(
-    make: Callable[..., Any],
+    base: Any, make: Callable[..., Any], app: Celery
 ) -> None:
     tries: list[int] = []
 
@@ -323,7 +332,10 @@ def test_autoretry_sees_the_end_of_a_session_and_each_try_has_its_own(
     def body(a: Annotated[int, Depends(commits)] = injected) -> int:
         return a
 
-    task = make(body, autoretry_for=(ConnectionError,), retry_jitter=False, default_retry_delay=0)
+    task = make(
+        body, base=base, autoretry_for=(ConnectionError,), retry_jitter=False, default_retry_delay=0
+    )
+    app.finalize()
     assert task.delay().get() == 2
 
 
@@ -511,13 +523,15 @@ def test_what_may_block_is_called_in_threads_for_an_async_body_and_here_for_a_sy
 def test_a_cancelled_body_ends_its_dependencies(app: Celery) -> None:
     @app.task(shared=False)
     async def body(a: str = Depends(generator), b: str = Depends(async_generator)) -> None:
+        begun.set()
         await asyncio.sleep(60)
+
+    begun = asyncio.Event()
 
     async def main() -> None:
         running = asyncio.create_task(body())
-        while not seen:
-            await asyncio.sleep(0.01)
-            running.cancel()
+        await begun.wait()
+        running.cancel()
         with pytest.raises(asyncio.CancelledError):
             await running
 
@@ -576,3 +590,45 @@ def test_a_time_limit_reaches_an_async_dependency_of_a_synchronous_body(app: Cel
         signal.signal(signal.SIGALRM, before)
     assert seen[0] == "slow: ended"
     assert seen[-1] == "async generator: closed"
+
+
+AS_TEXT = """
+from __future__ import annotations
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+from fastapi import Depends
+if TYPE_CHECKING:
+    from elsewhere import Unknown
+
+PlainDep = Annotated[str, Depends(str)]
+class Made:
+    def __init__(self, part: PlainDep) -> None:
+        self.part = part
+class Called:
+    def __call__(self, part: PlainDep, unknown: Unknown = None) -> str:
+        return f"called{part}"
+def function(part: PlainDep, made: Annotated[Made, Depends()], prefix: str = "") -> str:
+    return f"{prefix}function{part}{made.part}"
+def body(
+    a: PlainDep,
+    b: Annotated[Unknown, 1] = 1,
+    c: Annotated[str, Depends(Called())] = "",
+    d: Annotated[str, Depends(partial(function, prefix="a "))] = "",
+) -> Unknown:
+    return [a, b, c, d]
+"""
+
+
+def test_annotations_may_be_text(app: Celery) -> None:
+    module: dict[str, Any] = {"__name__": "as_text"}
+    exec(AS_TEXT, module)
+    assert app.task(shared=False)(module["body"]).delay().get() == ["", 1, "called", "a function"]
+
+
+def test_an_annotation_may_have_a_name_of_its_own(app: Celery) -> None:
+    alias = TypeAliasType("alias", PlainDep)  # what `type alias = …` makes
+
+    def body(a: alias = injected) -> str:
+        return str(a)
+
+    assert app.task(shared=False)(body).delay().get() == "plain"

@@ -43,7 +43,7 @@ def get_database() -> Database:
 
 @contextmanager
 def new_session() -> Iterator[Session]:
-    """A session for a task or a script: closed at the end, rolled back unless committed."""
+    """A session, closed at the end: committed in a task, elsewhere rolled back unless committed."""
     with get_database().session() as session:
         yield session
 

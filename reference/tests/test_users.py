@@ -4,7 +4,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from project.users.tasks import divide
+from project.users.tasks import divide, nightly_report
 
 USER = {"username": "ada", "email": "ada@example.com"}
 
@@ -35,6 +35,13 @@ def test_a_task_is_a_function(client: TestClient) -> None:
     assert divide(1, 2) == 0.5
     with pytest.raises(ZeroDivisionError):
         divide(1, 0)
+
+
+def test_a_task_has_a_session_as_a_view_has(client: TestClient) -> None:
+    for name, domain in (("ada", "a.org"), ("bob", "b.org"), ("eve", "b.org")):
+        client.post("/users/", json={"username": name, "email": f"{name}@{domain}"})
+    report = nightly_report.delay().get()
+    assert report == {"users": 3, "domains": {"a.org": 1, "b.org": 2}}
 
 
 def test_a_page_is_served_to_a_browser(client: TestClient) -> None:

@@ -97,6 +97,10 @@ def _signature(
         if task.typing:
             task.__header__(*given[0], **given[1])
         signature = task.signature(*given, **options)
+    if type(signature) is Signature:
+        typed = getattr(signature.app.tasks.get(signature.task), "celeriac_arguments", None)
+        if typed is not None:
+            signature.args, signature.kwargs = typed.dump(signature.args, signature.kwargs)
     now = signature.app.now()
     for name, moment in (("countdown", "eta"), ("expires", "expires")):
         seconds = signature.options.get(name)

@@ -1,9 +1,11 @@
 """Tasks that are published if and when a session commits, with and without an outbox."""
 
 import asyncio
+import datetime
 import json
 import signal
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -23,6 +25,7 @@ from celeriac.commit import delay_on_commit
 from celeriac.database import Database
 from celeriac.embedded import Valkey
 from celeriac.errors import (
+    ArgumentError,
     ConfigurationError,
     PublishError,
     PublishManyError,
@@ -566,3 +569,17 @@ async def test_no_request_fails_while_the_broker_is_away(
                 await asyncio.gather(*ordering)
             await asyncio.to_thread(eventually, room.all_shipped, 60)
             assert max(took[True]) < 1 + max(took[False])  # which is what this machine takes
+
+
+async def test_typed_arguments_are_refused_or_written_at_the_call(room: Room) -> None:
+    @room.app.task(name="remind", pydantic=True, shared=False)
+    def remind(when: datetime.datetime, of: list[uuid.UUID]) -> None: ...
+
+    task: Any = remind
+    moment = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
+    async with room.open() as opened:
+        with pytest.raises(ArgumentError, match="when"):
+            task.delay_on_commit(opened.session, "never", of=[])
+        sent = task.delay_on_commit(opened.session, moment, of=[uuid.UUID(int=1)])
+        await opened.run(Session.commit)
+    assert await room.settled() == [sent.id]

@@ -216,11 +216,16 @@ class _Sender:
             await asyncio.sleep(_AWAY)
 
     async def aclose(self) -> None:
-        if self._following is not None:
-            self._following.cancel()
-        if self._removing is not None:
-            await asyncio.wait([self._removing], timeout=_CLOSING)
-            self._removing.cancel()
+        """With the loop, whose connections to the database nobody else closes."""
+        self._follows_until = 0.0
+        self._woken.set()
+        tasks = [task for task in (self._removing, self._following) if task is not None]
+        if tasks:  # cut off, they would leave connections behind
+            await asyncio.wait(tasks, timeout=_CLOSING)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._outbox.database.adispose()
 
 
 _senders: Registry[_Sender] = Registry()

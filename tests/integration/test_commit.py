@@ -20,7 +20,7 @@ from sqlalchemy import Column, Integer, MetaData, String, Table, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from celeriac import adopt
+from celeriac import adopt, bridge
 from celeriac.commit import delay_on_commit
 from celeriac.database import Database
 from celeriac.embedded import Valkey
@@ -125,6 +125,7 @@ class Room:
             return len(session.scalars(select(users.c.id)).all())
 
     async def aclose(self) -> None:
+        bridge.close()  # the loop of those who are on none
         await self.database.adispose()
         self._redis.close()
         close_results(self.app.backend)

@@ -1,13 +1,15 @@
 """One row, once: a queue that is worked off, or a process that publishes."""
 
 import json
+import os
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from redis import Redis
 
-from benchmarks.process import child
+from benchmarks.process import RowError, child
 from benchmarks.rows import Row
 
 START = 30.0  # seconds until a worker begins its first task, at most
@@ -37,18 +39,25 @@ def worked_off(row: Row, redis: str, folder: Path, *, count: int, argument: obje
         command = row.command.replace("{redis}", redis)
         with child(command, row.framework.environment, folder / "log", env) as worker:
             worker.wait_for(lambda: passed() > 0, START, "first task")
-            start, used = time.perf_counter(), worker.cpu()
+            start, used, server = time.perf_counter(), worker.cpu(), _server_cpu(client)
             worker.wait_for(lambda: passed() >= 2 * count, END, "last task")
             stored = partial(_all_stored, row, client, count)
             worker.wait_for(stored, END, "last result", every=0.02)  # a look is work for the server
             seconds, used = time.perf_counter() - start, worker.cpu() - used
+            server = _server_cpu(client) - server
             return {
                 "tasks": count,
                 "seconds": seconds,
                 "tasks_per_second": count / seconds,
                 "cpu_us": used / count * 1e6,
+                "server_us": server / count * 1e6,
                 "peak_mb": worker.peak(),
             }
+
+
+def _server_cpu(client: Redis) -> float:
+    info: Any = client.info("cpu")
+    return float(info["used_cpu_user"] + info["used_cpu_sys"])
 
 
 def _all_stored(row: Row, client: Redis, count: int) -> bool:
@@ -60,6 +69,19 @@ def published(row: Row, redis: str, folder: Path, *, count: int, mode: str) -> F
         client.flushdb()
     command = f"{mode} {row.framework.app} {row.sender} {count}"
     return _produce(row, command, folder, {"BENCH_REDIS_URL": redis, **row.env})
+
+
+def committed(row: Row, redis: str, folder: Path, *, count: int, database: str) -> Figures:
+    """Units of work of 50 concurrent handlers: a row, most with a message, committed."""
+    url = f"sqlite:///{folder / 'bench.sqlite3'}"
+    if database == "postgresql":
+        url = os.environ.get("TEST_DATABASE_URL", "")
+        if not url:
+            raise RowError("TEST_DATABASE_URL names no PostgreSQL")
+    with Redis.from_url(redis) as client:
+        client.flushdb()
+    command = f"handlers {row.framework.app} {row.sender} {count}"
+    return _produce(row, command, folder, {"BENCH_REDIS_URL": redis, "BENCH_DATABASE_URL": url})
 
 
 def _produce(row: Row, arguments: str, folder: Path, env: dict[str, str]) -> Figures:

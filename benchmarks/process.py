@@ -75,6 +75,15 @@ class Child:
                         total += int(line.split()[1])
         return total / 1024
 
+    def resident(self) -> float:
+        """The memory of the process without its children that is resident now, in MB."""
+        return float(self._root.memory_info().rss) / 2**20
+
+    def addresses(self) -> set[str]:
+        """Its ends of its TCP connections."""
+        found = self._root.net_connections("tcp")
+        return {f"{each.laddr.ip}:{each.laddr.port}" for each in found}
+
     def wait_for(
         self, condition: Callable[[], bool], timeout: float, what: str, every: float = 0.005
     ) -> None:

@@ -30,6 +30,14 @@ TITLES = {
     "loop_lag_p99_ms": "loop lag p99 ms",
     "round_trip_p50_ms": "p50 ms",
     "round_trip_p99_ms": "p99 ms",
+    "told_p50_ms": "p50 ms",
+    "told_p99_ms": "p99 ms",
+    "socket_kb": "KB each",
+    "redis_connections": "Redis connections",
+    "redis_subscribed": "subscribed",
+    "all_seconds": "all told, s",
+    "work_seconds": "all ended, s",
+    "server_us": "server's µs each",
 }
 OURS = "ours"  # the app of our rows
 BASELINE = "stock"
@@ -39,6 +47,8 @@ _BETTER = {
     "seconds": -1,
     "cpu_us": -1,
     "round_trip_p50_ms": -1,
+    "told_p50_ms": -1,
+    "socket_kb": -1,
 }
 
 
@@ -49,6 +59,7 @@ class Table:
     rows: list[Row]
     samples: dict[str, list[dict[str, float]]] = field(default_factory=lambda: defaultdict(list))
     errors: dict[str, str] = field(default_factory=dict)
+    against: str = ""  # the row that all are compared with, where that is none of plain Celery's
 
     def medians(self, row: Row) -> dict[str, float]:
         samples = self.samples.get(row.name)
@@ -56,18 +67,26 @@ class Table:
             return {}
         return {name: median(sample[name] for sample in samples) for name in samples[0]}
 
-    def ratios(self, row: Row, other: Row | None) -> dict[str, float]:
+    def ratios(self, row: Row, other: Row) -> dict[str, float]:
         """How many times better `row` is than `other`, in the first column and in CPU."""
-        mine, theirs = self.medians(row), self.medians(other) if other else {}
+        mine, theirs = self.medians(row), self.medians(other)
         if not mine or not theirs:
             return {}
-        columns = dict.fromkeys((self.columns[0], "cpu_us"))
-        return {name: (mine[name] / theirs[name]) ** _BETTER[name] for name in columns}
+        names = [
+            name for name in (self.columns[0], "cpu_us") if name in mine.keys() & theirs.keys()
+        ]
+        return {name: (mine[name] / theirs[name]) ** _BETTER[name] for name in names}
 
     @property
-    def baseline(self) -> Row | None:
-        """Plain Celery: its first row."""
-        return next((row for row in self.rows if row.framework.app == BASELINE), None)
+    def rivals(self) -> dict[str, Row]:
+        """Those that every row is compared with, by what they are called."""
+        if self.against:
+            named = next((row for row in self.rows if row.name == self.against), None)
+            found = {self.against: named}
+        else:
+            celery = (row for row in self.rows if row.framework.app == BASELINE)
+            found = {"Celery": next(celery, None), "best peer": self.best_peer}
+        return {name: row for name, row in found.items() if row is not None}
 
     @property
     def best_peer(self) -> Row | None:
@@ -123,8 +142,10 @@ def write_json(path: Path, name: str, machine: dict[str, Any], tables: list[Tabl
                         "versions": versions(row.framework),
                         "median": table.medians(row),
                         "samples": table.samples.get(row.name, []),
-                        "to_celery": table.ratios(row, table.baseline),
-                        "to_best_peer": table.ratios(row, table.best_peer),
+                        **{
+                            f"to_{name.lower().replace(' ', '_')}": table.ratios(row, rival)
+                            for name, rival in table.rivals.items()
+                        },
                         "error": table.errors.get(row.name),
                     }
                     for row in table.rows
@@ -143,20 +164,22 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+_CALLED = {"best peer": "the best peer"}
+
+
 def _table(table: Table) -> str:
-    rivals = {"to Celery": table.baseline, "to the best peer": table.best_peer}
-    rivals = {title: rival for title, rival in rivals.items() if rival is not None}
-    head = ["", *(TITLES[column] for column in table.columns), *rivals, "how"]
+    titles = (f"to {_CALLED.get(name, name)}" for name in table.rivals)
+    head = ["", *(TITLES[column] for column in table.columns), *titles, "how"]
     lines = [head, ["---", *["---:"] * (len(head) - 2), "---"]]
     for row in table.rows:
         medians = table.medians(row)
         figures = [_number(medians.get(column)) for column in table.columns]
-        for rival in rivals.values():
+        for rival in table.rivals.values():
             ratios = table.ratios(row, rival).values()
             figures.append(" / ".join(f"{_number(ratio)}x" for ratio in ratios))
         note = "failed" if row.name in table.errors else row.note
         if row.share != 1:
-            note += f"; {medians.get('tasks', 0):.0f} tasks"
+            note = "; ".join(filter(None, (note, f"{medians.get('tasks', 0):.0f} tasks")))
         lines.append([row.name, *figures, note])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 

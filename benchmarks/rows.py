@@ -46,6 +46,9 @@ class Row:
     env: Mapping[str, str] = field(default_factory=dict)
     share: float = 1.0  # of the tasks, for a row that would take minutes
     note: str = ""
+    web: str = ""  # the module of the web process in apps/
+    site: str = ""  # options of its server
+    client: str = "sockets"  # how it is told: see `follower`
 
 
 _REDIS = "celery-task-meta-*"
@@ -58,6 +61,10 @@ RQ = Framework("rq", "peers", keys("rq:results:*"), ("rq", "redis"))
 HUEY = Framework("huey", "peers", fields("huey.results.bench"), ("huey", "redis"))
 ARQ = Framework("arq", "peers-redis5", keys("arq:result:*"), ("arq", "redis"))
 SAQ = Framework("saq", "peers-redis5", members("saq:default:incomplete"), ("saq", "redis"))
+BARE = Framework("stock", "main", keys(_REDIS), ("fastapi", "uvicorn", "websockets"))
+BROADCASTER = Framework(
+    "broadcaster", "peers-broadcaster", keys(_REDIS), ("broadcaster", "celery", "redis")
+)
 
 _STOCK = "celery -A benchmarks.apps.stock worker --loglevel WARNING"
 _OURS = "celery -A benchmarks.apps.ours worker --loglevel WARNING"
@@ -68,6 +75,7 @@ _STREAQ = "streaq run benchmarks.apps.streaq:worker"
 _POOL = {"BENCH_POOL": "celeriac.pool:TaskPool"}
 
 _LATE = "late acknowledgement"
+_ASYNC = "async def"
 WORKER = [
     Row("Celery prefork -c 2", CELERY, f"{_STOCK} -P prefork -c 2", note=_LATE),
     Row(
@@ -207,4 +215,94 @@ ONCE = [
     Row("kombu publish batch", CELERY, sender="batch", note="Celery's messages, kombu's batch"),
     Row("celeriac publish_many", OURS, sender="publish_many"),
     Row("celeriac gather(adelay)", OURS, sender="gather", note="a deadline of 60 s each"),
+]
+
+_PLAIN = "--ws-per-message-deflate false"
+_BROADCASTER = "celery -A benchmarks.apps.broadcaster worker --loglevel WARNING -P prefork -c 2"
+ENDS = [
+    Row(
+        "Celery, asked once a second",
+        CELERY,
+        f"{_STOCK} -P prefork -c 2",
+        "timed",
+        web="stock_web",
+        client="polls",
+        note="a route over AsyncResult, 20 clients",
+    ),
+    Row(
+        "broadcaster, task_postrun",
+        BROADCASTER,
+        _BROADCASTER,
+        "timed",
+        web="broadcaster_web",
+        note="def, prefork -c 2",
+    ),
+    Row("celeriac pool", OURS, f"{_OURS} -c 100", "timed", env=_POOL, web="ours_web", note=_ASYNC),
+    Row("celeriac prefork -c 2", OURS, f"{_OURS} -c 2", "timed_sync", web="ours_web", note="def"),
+]
+SOCKETS = [
+    Row("FastAPI alone", BARE, web="bare_web", site=_PLAIN, note="follows nothing"),
+    Row(
+        "broadcaster, task_postrun",
+        BROADCASTER,
+        _BROADCASTER,
+        "timed",
+        web="broadcaster_web",
+        site=_PLAIN,
+        share=0.2,
+    ),
+    Row("celeriac", OURS, f"{_OURS} -c 100", "timed", env=_POOL, web="ours_web", site=_PLAIN),
+    Row(
+        "celeriac, compressed",
+        OURS,
+        f"{_OURS} -c 100",
+        "timed",
+        env=_POOL | {"BENCH_DEFLATE": "1"},
+        web="ours_web",
+        note="as browsers offer it and uvicorn takes it",
+    ),
+]
+
+_TELLS = {
+    "nothing told": ("nothing", "its states taken out: results and runs alone"),
+    "ends": ("ends", "task_track_started off: no STARTED"),
+    "all told": ("all", "as it is"),
+}
+TOLD_BY_POOL = [
+    Row(
+        f"celeriac pool, {name}",
+        OURS,
+        f"{_OURS} -c 100",
+        env=_POOL | {"BENCH_TOLD": what},
+        note=note,
+    )
+    for name, (what, note) in _TELLS.items()
+]
+TOLD_BY_PREFORK = [
+    Row(
+        f"celeriac prefork -c 2, {name}",
+        OURS,
+        f"{_OURS} -c 2",
+        "noop_sync",
+        env={"BENCH_TOLD": what},
+        note=note,
+    )
+    for name, (what, note) in _TELLS.items()
+]
+
+UNIT = Framework("outbox", "main", keys(_REDIS), ("celeriac", "sqlalchemy"))
+PROCRASTINATE = Framework(
+    "procrastinate", "peers-procrastinate", keys(_REDIS), ("procrastinate", "sqlalchemy")
+)
+UNITS = [
+    Row("a row, no message", UNIT, sender="commit_only"),
+    Row("adelay after the commit", UNIT, sender="delay_after", note="lost with its process"),
+    Row("delay_on_commit", UNIT, sender="on_commit", note="lost with its process"),
+    Row("delay_on_commit, outbox", UNIT, sender="outbox"),
+    Row("the same, left to a relay", UNIT, sender="relayed"),
+    Row("delay_on_commit, outbox, threads", UNIT, sender="outbox_in_threads", note="8 threads"),
+]
+UNITS_IN_POSTGRESQL = [
+    *UNITS,
+    Row("procrastinate defer", PROCRASTINATE, note="a transaction of its own, after the row's"),
 ]

@@ -57,11 +57,10 @@ def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str
 def _leaves_no_thread() -> Iterator[None]:
     before = set(threading.enumerate())
     yield
-    left = [
-        thread
-        for thread in threading.enumerate()
-        if thread not in before and not thread.daemon and thread.is_alive()
-    ]
+    left = [each for each in threading.enumerate() if each not in before and not each.daemon]
+    for thread in left:  # of which some are about to end
+        thread.join(1)
+    left = [thread for thread in left if thread.is_alive()]
     assert left == []
 
 

@@ -30,7 +30,13 @@ def wait(seconds: float) -> bool:
     return end()
 
 
-TASKS: dict[str, Any] = {"noop": noop, "wait": wait}
+@app.task
+def timed(seconds: float) -> int:
+    time.sleep(seconds)
+    return time.monotonic_ns()
+
+
+TASKS: dict[str, Any] = {"noop": noop, "wait": wait, "timed": timed}
 
 
 @asynccontextmanager
@@ -55,6 +61,10 @@ async def threadpool(task: str) -> AsyncIterator[Callable[[Any], Awaitable[None]
             await loop.run_in_executor(pool, delay, argument)
 
         yield send
+
+
+async def start(task: str, seconds: float) -> str:
+    return str(TASKS[task].delay(seconds).id)
 
 
 async def delay_loop(count: int) -> None:

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 from celery import Celery
 
-from celeriac import create_celery, default_app
+from celeriac import create_celery, default_app, use_app
+from celeriac.outbox import use_outbox
 from project.config import Config, load_config
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ FEATURES = ["users"]
 def create_celery_app(config: Config | None = None) -> Celery:
     """The Celery app, all its tasks loaded. Knows nothing of the web side."""
     from project import logs, routing
+    from project.database import get_database
     from project.lifespan import lifespan
 
     config = config or load_config()
@@ -27,6 +29,8 @@ def create_celery_app(config: Config | None = None) -> Celery:
         include=[f"project.{feature}.tasks" for feature in FEATURES],
         task_routes=(routing.route_task,),
     )
+    with use_app(celery):
+        use_outbox(celery, get_database())
     celery.loader.import_default_modules()
     routing.check(celery)
     logs.set_up_worker(celery, config)

@@ -10,6 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from celeriac.database import Database
+from celeriac.outbox import outbox_table
 from project.config import get_config
 
 
@@ -26,6 +27,9 @@ class Base(DeclarativeBase):
     )
 
 
+outbox_table(Base.metadata)  # of tasks that are published when a transaction commits
+
+
 @cache
 def _database(url: str, connect_args: str) -> Database:
     return Database(url, connect_args=json.loads(connect_args))
@@ -39,7 +43,7 @@ def get_database() -> Database:
 
 @contextmanager
 def new_session() -> Iterator[Session]:
-    """A session for a task or a script: closed at the end, rolled back unless committed."""
+    """A session, closed at the end: committed in a task, elsewhere rolled back unless committed."""
     with get_database().session() as session:
         yield session
 

@@ -1,4 +1,4 @@
-"""What views ask for."""
+"""What views and tasks ask for."""
 
 from collections.abc import AsyncIterator, Iterator
 from typing import Annotated

@@ -4,7 +4,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from project.users.tasks import divide
+from project.users.tasks import divide, nightly_report
 
 USER = {"username": "ada", "email": "ada@example.com"}
 
@@ -37,7 +37,32 @@ def test_a_task_is_a_function(client: TestClient) -> None:
         divide(1, 0)
 
 
+def test_a_task_has_a_session_as_a_view_has(client: TestClient) -> None:
+    for name, domain in (("ada", "a.org"), ("bob", "b.org"), ("eve", "b.org")):
+        client.post("/users/", json={"username": name, "email": f"{name}@{domain}"})
+    report = nightly_report.delay().get()
+    assert report == {"users": 3, "domains": {"a.org": 1, "b.org": 2}}
+
+
 def test_a_page_is_served_to_a_browser(client: TestClient) -> None:
     page = client.get("/users/form/", headers={"Accept": "text/html"})
     assert page.status_code == 200
     assert "default-src 'self'" in page.headers["content-security-policy"]
+
+
+def test_a_user_and_its_task_come_together(
+    client: TestClient, mailing_list: list[httpx.Request]
+) -> None:
+    answer = client.post("/users/user_subscribe/", json=USER)
+    assert answer.status_code == 202
+    assert json.loads(mailing_list[0].content) == {"email": USER["email"]}
+    found = client.get("/users/task_status/", params=answer.json())
+    assert found.json() == {"state": "SUCCESS"}
+
+
+def test_without_the_user_there_is_no_task(
+    client: TestClient, mailing_list: list[httpx.Request]
+) -> None:
+    client.post("/users/", json=USER)
+    assert client.post("/users/user_subscribe/", json=USER).status_code == 409
+    assert mailing_list == []

@@ -145,14 +145,17 @@ def _support_async_bodies(app: Celery) -> None:
 
 def _adopt_foreign_tasks(sender: Celery, **_: Any) -> None:
     for each in sender._tasks.values():
-        task.run_async_body(each)
+        task.adopt_body(each)
 
 
 @celeryd_after_setup.connect  # type: ignore[untyped-decorator]
 def _adopt_tasks_made_since(instance: Any, **_: Any) -> None:
     """Those registered after the app was finalized, before the worker's pool starts."""
     if instance.app in _adopted:
-        _adopt_foreign_tasks(instance.app)
+        try:
+            _adopt_foreign_tasks(instance.app)
+        except ConfigurationError as error:
+            raise SystemExit(f"error: {error}") from None
 
 
 @celeryd_after_setup.connect  # type: ignore[untyped-decorator]

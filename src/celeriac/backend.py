@@ -158,13 +158,14 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         record = _record_text(self.app, request) if begins else ""
         kept = self._kept(state, mode)
         told = ("", kept, "") if self.shows_elsewhere else (event, kept, record)
+        once = getattr(request, records.ONCE, "") if begins else ""
         stored = self._call(
             runs.STORE,
             self.keys_of(task_id),
-            (value, self._lifetime(state), state, *own, *told),
+            (value, self._lifetime(state), state, *own, *told, once),
             until_written=bool(run),
         )
-        if stored == runs.CANCELLED:
+        if stored in (runs.CANCELLED, runs.DOUBLED):
             request.celeriac_refused = stored
             return
         if run is not None:

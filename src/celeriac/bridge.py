@@ -286,15 +286,22 @@ def offload_wait(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) ->
 def _offload(threads: DaemonThreads, function: Callable[[], T]) -> T:
     if not hosted():
         return function()
-    return run(_in_thread(threads, partial(copy_context().run, function)))
+    return run(in_thread(threads, partial(copy_context().run, function)))
 
 
-async def _in_thread(threads: DaemonThreads, function: Callable[[], T]) -> T:
+async def in_thread(
+    threads: DaemonThreads, function: Callable[[], T], *, surely: bool = False
+) -> T:
+    """The value of `function`, called in one of `threads`.
+
+    Cancelled before it is called it is not, unless `surely`; later it is awaited all the same.
+    """
     begun: Future[T] = threads.submit(function)
+    waits = asyncio.wrap_future(begun)
     try:
-        return await asyncio.wrap_future(begun)
+        return await (asyncio.shield(waits) if surely else waits)
     except (Exception, asyncio.CancelledError):
-        if not begun.cancel():
+        if surely or not begun.cancel():
             await _end_of(begun)
         raise
 

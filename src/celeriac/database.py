@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary, WeakMethod
 
-from sqlalchemy import URL, Engine, create_engine, event, make_url
+from celery._state import get_current_task
+from sqlalchemy import URL, Engine, QueuePool, create_engine, event, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
@@ -29,16 +30,40 @@ _ASYNC = {
 }
 
 
+MAX_CONNECTIONS = 10
+_KEPT_OPEN = 5  # of them, while nobody uses them, as SQLAlchemy does
+
+
 class Database:
     """One database for views and tasks, SQLite or PostgreSQL.
 
     Engines are made when first used, in the process that uses them: one made before a fork would
     share its sockets with the child. The asynchronous one is made for each event loop.
 
-    Raises ConfigurationError for a URL that SQLAlchemy cannot read.
+    `max_connections` is the most that one engine opens; who wants another waits for up to 30
+    seconds. A process has one engine for synchronous sessions and one for asynchronous ones, as
+    far as it uses them, so that a server sees at most
+
+        max_connections x kinds of session (1 or 2) x processes
+
+    A web server with 4 processes and a prefork worker with 8 children, all with both kinds, are
+    12 processes: 240 connections with the default of 10, and PostgreSQL allows 100 unless told
+    otherwise. A prefork child runs one task at a time and opens but one or two of them.
+
+    Raises ConfigurationError for a URL that SQLAlchemy cannot read, and for no connections.
     """
 
-    def __init__(self, url: str | URL, *, connect_args: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        url: str | URL,
+        *,
+        connect_args: Mapping[str, Any] | None = None,
+        max_connections: int = MAX_CONNECTIONS,
+    ) -> None:
+        if not max_connections >= 1:
+            raise ConfigurationError(
+                f"max_connections: expected at least 1, got {max_connections!r}"
+            )
         try:
             self.url = make_url(url)
         except ArgumentError:
@@ -49,6 +74,7 @@ class Database:
         if self.url.drivername == "postgres":
             self.url = self.url.set(drivername="postgresql")
         self._connect_args = dict(connect_args or {})
+        self._max_connections = max_connections
         self._lock = threading.Lock()
         self._engine: Engine | None = None
         self._async_engines: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncEngine]
@@ -78,24 +104,41 @@ class Database:
     def _create(self, create: Any, drivers: Mapping[str, str]) -> Any:
         url = self.url.set(drivername=drivers.get(self.url.drivername, self.url.drivername))
         try:
-            return create(url, connect_args=self._connect_args, pool_pre_ping=True)
+            return create(
+                url, connect_args=self._connect_args, pool_pre_ping=True, **self._bounds(url)
+            )
         except (NoSuchModuleError, ModuleNotFoundError, ArgumentError) as error:
             raise ConfigurationError(
                 f"no driver for {url.drivername} databases here ({error}): "
                 "SQLite and PostgreSQL (psycopg) are supported"
             ) from None
 
+    def _bounds(self, url: URL) -> dict[str, int]:
+        dialect: Any = url.get_dialect()
+        if not issubclass(dialect.get_pool_class(url), QueuePool):
+            return {}  # a database in memory
+        kept = min(_KEPT_OPEN, self._max_connections)
+        return {"pool_size": kept, "max_overflow": self._max_connections - kept}
+
     @contextmanager
     def session(self) -> Iterator[Session]:
-        """A session that is closed at the end, rolled back unless it was committed."""
+        """A session that is closed at the end.
+
+        In a task it is committed, unless an error or a retry ends the block. Elsewhere it is
+        rolled back unless it was committed: a view has to know before it answers.
+        """
         with Session(self.engine, expire_on_commit=False) as session:
             yield session
+            if get_current_task() is not None:
+                session.commit()
 
     @asynccontextmanager
     async def async_session(self) -> AsyncIterator[AsyncSession]:
         """The same on the event loop."""
         async with AsyncSession(self.async_engine, expire_on_commit=False) as session:
             yield session
+            if get_current_task() is not None:
+                await session.commit()
 
     def dispose(self) -> None:
         """Close the synchronous engine's connections."""
@@ -134,3 +177,10 @@ def _configure(engine: Engine) -> None:
         cursor.execute("PRAGMA journal_mode = WAL")
         cursor.execute("PRAGMA busy_timeout = 5000")
         cursor.close()
+
+    @event.listens_for(engine, "checkin")
+    def returned(connection: Any, record: Any) -> None:
+        # A commit that fails leaves SQLite's transaction open, and with it everybody else locked
+        # out, while SQLAlchemy takes it for ended.
+        if connection is not None and record.driver_connection.in_transaction:
+            connection.rollback()

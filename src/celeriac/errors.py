@@ -161,6 +161,10 @@ class PublishManyError(PublishError):
         return f"{self._counts} were not sent, or not surely: {self.reason}"
 
 
+class ArgumentError(CeleriacError, ValueError):
+    """An argument of a task that is made with `pydantic=True` is not what its annotation says."""
+
+
 class LateAdoptionError(CeleriacError):
     """`adopt` was called when tasks had been made already, from another base class."""
 

@@ -36,7 +36,7 @@ class Feed:
     ) -> None:
         self._connection, self._heard, self._lost = connection, heard, lost
         # Commands not yet sent, and who takes the replies that are due, in order.
-        self._commands: deque[tuple[bytes | str | int, ...]] = deque()
+        self._commands: deque[tuple[bytes | int, ...]] = deque()
         self._replies: deque[Callable[[Any], None]] = deque()
         self._wake = asyncio.Event()
         self._answered = False
@@ -46,7 +46,10 @@ class Feed:
         self._commands.clear()
 
     def send(self, *command: bytes | str | int, reply: Callable[[Any], None] | None = None) -> None:
-        self._commands.append(command)
+        # What has no UTF-8 is an error here, of who sends it; later it would cost the connection.
+        self._commands.append(
+            tuple(part.encode() if isinstance(part, str) else part for part in command)
+        )
         if reply is not None:  # SUBSCRIBE and UNSUBSCRIBE are answered by a push
             self._replies.append(reply)
         self._wake.set()

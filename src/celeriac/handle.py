@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
-from celery import states
+from celery import Celery, states
 from celery.exceptions import TaskRevokedError
 from celery.result import AsyncResult, EagerResult, GroupResult
 
-from celeriac.status import reader_of
+from celeriac.arguments import typed_result
+from celeriac.state import Status
+from celeriac.status import Event, reader_of
 
 
 class Handle(AsyncResult):  # type: ignore[misc]
@@ -17,16 +19,21 @@ class Handle(AsyncResult):  # type: ignore[misc]
     async def result(self, timeout: float | None = None) -> Any:
         """The value of the task once it has ended, without blocking the event loop.
 
-        Raises what the task raised, as `get` does, TaskRevokedError if it was revoked, and
-        TimeoutError after `timeout` seconds.
+        Of a task that is made here with `pydantic=True`, what its annotation says. Raises what the
+        task raised, as `get` does, TaskRevokedError if it was revoked, and TimeoutError after
+        `timeout` seconds.
         """
-        end = None
+        name: str | None = None
+        end: Status | Event | None = None
         async with asyncio.timeout(timeout), reader_of(self.app).follow(self.id) as events:
             async for event in events:
                 end = event
-        if end is not None and end.state == states.REVOKED:  # of which Celery may not know
+                if isinstance(event, Status) and event.record is not None:
+                    name = event.record.task
+        if isinstance(end, Status) and end.state == states.REVOKED:  # of which Celery may not know
             raise TaskRevokedError((end.error or "").removeprefix(f"{end.code}: "))
-        return await asyncio.to_thread(self.get, disable_sync_subtasks=False)
+        value = await asyncio.to_thread(self.get, disable_sync_subtasks=False)
+        return typed_result(self.app, name, value)
 
     def get(self, *args: Any, **options: Any) -> Any:
         """Celery's, which blocks."""
@@ -39,7 +46,7 @@ class EagerHandle(EagerResult):  # type: ignore[misc]
 
     async def result(self, timeout: float | None = None) -> Any:
         """Its value; raises what the task raised."""
-        return self.get(disable_sync_subtasks=False)
+        return typed_result(self.app, self._name, self.get(disable_sync_subtasks=False))
 
     def get(self, *args: Any, **options: Any) -> Any:
         """Celery's."""
@@ -50,11 +57,12 @@ class EagerHandle(EagerResult):  # type: ignore[misc]
 _KINDS = {AsyncResult: Handle, EagerResult: EagerHandle}
 
 
-def handle(result: Any) -> Handle:
-    """What Celery gave for a task, to be awaited; that of a group stays as it is."""
+def handle(result: Any, app: Celery | None = None) -> Handle:
+    """What Celery gave for a task of `app`, to be awaited; that of a group stays as it is."""
     kind = next((_KINDS[each] for each in type(result).__mro__ if each in _KINDS), None)
     if kind is not None and not isinstance(result, kind):
         result.__class__ = kind  # it holds on to its task: a second one would end that too
+        result.app = result.app or app  # which Celery's of an eager run does not know
     made: Handle = result
     return made
 

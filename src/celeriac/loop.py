@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 _BLOCKED_AFTER = 1.0  # seconds in which nothing else on the loop had its turn
 _LOOK_EVERY = 0.25
-_CLOSING = 2.0
+_CLOSING = 3.0
 
 
 class ProcessLoop:

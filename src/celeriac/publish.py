@@ -83,9 +83,9 @@ async def aapply_async(
         sent = await _publish(
             task.app, task.apply_async, (args, kwargs), options, publish_timeout, canvas=True
         )
-        return handle(sent)
+        return handle(sent, task.app)
     sent = await _publish(task.app, task.apply_async, (args, kwargs), options, publish_timeout)
-    return handle(sent)
+    return handle(sent, task.app)
 
 
 async def asend_task(

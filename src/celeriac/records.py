@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 Command = tuple[Any, ...]
 
 OWNER = "celeriac_owner"  # the header of a message
-SYSTEM = "system"  # the owner of what nobody asked for, such as beat's tasks
+ONCE = "celeriac_once"  # which of several sendings of one committed message this is
+SYSTEM = "celeriac:system"  # the owner of what nobody asked for, such as beat's tasks
 UNTOUCHED = 30 * 86400  # seconds beyond its ETA that a record lasts of what no worker takes
 _RECENT = 1000  # tasks of one owner that are listed
 _PAUSE = 5.0  # seconds without a status store that was away: each try may take two
@@ -47,11 +48,6 @@ def as_owner(owner: str) -> Iterator[None]:
         yield
     finally:
         _owner.reset(token)
-
-
-def set_owner(owner: str) -> None:
-    """`as_owner` for the rest of this context, such as that of a request."""
-    _owner.set(owner)
 
 
 def current_owner() -> str:
@@ -145,17 +141,23 @@ def commands(
 
 def _members(signatures: Any) -> Iterator[tuple[str, str, str | None]]:
     """Id, name and queue of every task in these signatures that has an id."""
+    for each in tasks_in(signatures):
+        options = each.get("options") or {}
+        task_id, queue = options.get("task_id"), options.get("queue")
+        if isinstance(task_id, str):
+            yield task_id, str(each.get("task")), str(queue) if queue else None
+
+
+def tasks_in(signatures: Any) -> Iterator[dict[str, Any]]:
+    """Every signature of a task in these, which may be canvases or lists of them."""
     if isinstance(signatures, (list, tuple)):
         for each in signatures:
-            yield from _members(each)
-    elif isinstance(signatures, dict):
-        options = signatures.get("options") or {}
-        task_id, queue = options.get("task_id"), options.get("queue")
+            yield from tasks_in(each)
+    elif isinstance(signatures, dict) and signatures.get("subtask_type") in _CANVAS:
         parts = signatures.get("kwargs") or {}
-        if signatures.get("subtask_type") in _CANVAS:
-            yield from _members([parts.get(name) for name in ("tasks", "header", "body")])
-        elif isinstance(task_id, str):
-            yield task_id, str(signatures.get("task")), str(queue) if queue else None
+        yield from tasks_in([parts.get(name) for name in ("tasks", "header", "body")])
+    elif isinstance(signatures, dict):
+        yield signatures
 
 
 _CANVAS = {"chain", "group", "chord"}
@@ -321,7 +323,7 @@ def publish(
     try:
         return send()
     except BaseException as error:
-        first = not headers.get("retries") and not headers.get("replaced_task_nesting")
-        if first and not getattr(error, "maybe_accepted", False):
+        later = "retries", "replaced_task_nesting", ONCE  # which are of a task that there is
+        if not any(map(headers.get, later)) and not getattr(error, "maybe_accepted", False):
             bridge.offload(book.forget, headers["id"])
         raise

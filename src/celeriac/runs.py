@@ -28,7 +28,8 @@ from celeriac.lease import Script, execute
 
 logger = logging.getLogger(__name__)
 
-STALE, CANCELLED = -1, -2  # of a run that a later one has superseded; of one that must not begin
+# Of a run that a later one has superseded; of those that must not begin.
+STALE, CANCELLED, DOUBLED = -1, -2, -3
 
 # A SUCCESS is overwritten by nothing, as in Celery, which reads it first. A retry is published
 # before its state is written: it may have begun, or ended, by then. Who cancels a task that has not
@@ -45,6 +46,11 @@ local value, state, field, token, mode = ARGV[1], ARGV[3], ARGV[4], ARGV[5], ARG
 local event, kept = ARGV[8], ARGV[9]
 if mode == 'begin' then
   if redis.call('HEXISTS', KEYS[3], 'c') == 1 then return -2 end
+  if ARGV[11] ~= '' then
+    redis.call('HSETNX', KEYS[3], 'o', ARGV[11])
+    if redis.call('HGET', KEYS[3], 'o') ~= ARGV[11] then return -3 end
+    if redis.call('TTL', KEYS[3]) < 0 then redis.call('EXPIRE', KEYS[3], ARGV[9]) end
+  end
   local starts, old = 1, redis.call('HGET', KEYS[2], field)
   if old then starts = cjson.decode(old).n + 1 end
   redis.call('HSET', KEYS[2], field, '{"n":' .. starts .. ',' .. ARGV[7])

@@ -128,8 +128,8 @@ class Reader:
         answer: asyncio.Future[Known] = asyncio.get_running_loop().create_future()
         async with self:
             self._snapshots[answer] = task_id
-            self._look_for(answer)
             try:
+                self._look_for(answer)
                 async with asyncio.timeout(timeout):
                     return _sure(task_id, (await answer).status)
             except TimeoutError:

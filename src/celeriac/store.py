@@ -89,6 +89,8 @@ def is_broker(app: Celery) -> bool:
     status = _urls.get(app) or getattr(app.backend, "url", None)
     if not isinstance(broker, str) or not isinstance(status, str):
         return False
+    if status.startswith("socket:"):  # what Celery's backend makes of redis+socket
+        status = f"redis+{status}"
     if {urlsplit(url).scheme for url in (broker, status)} - _REDIS_SCHEMES:
         return False
     return _place_of(broker) == _place_of(status)

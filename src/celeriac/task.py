@@ -13,7 +13,10 @@ from celery.utils import uuid
 from pydantic import BaseModel
 
 from celeriac import bridge, emitter, publish, rabbitmq, records, runs
+from celeriac.arguments import Arguments, arguments_of
+from celeriac.dependencies import needs_of
 from celeriac.handle import Handle
+from celeriac.inject import inject
 
 
 def is_async(task: celery.Task) -> bool:
@@ -22,25 +25,41 @@ def is_async(task: celery.Task) -> bool:
     return inspect.iscoroutinefunction(inspect.unwrap(body))
 
 
-def run_async_body(task: celery.Task) -> None:
-    """Let Celery's tracer run the `async def` body of `task`, whose base class is not ours.
+def adopt_body(task: celery.Task) -> None:
+    """Have Celery's tracer run an `async def` body, and any body with its dependencies.
 
-    A direct call, `task(1, 2)`, still gives the awaitable. Other bodies stay as they are, but for
-    the look at whether they may start, for which a base class of ours has Celery's hook.
+    A direct call of the first, `task(1, 2)`, still gives the awaitable. Others stay as they are,
+    but for the look at whether they may start, for which a base class of ours has Celery's hook.
+    Raises ConfigurationError for dependencies that no task can have.
     """
-    # Celery's autoretry stands around the body: it has to see the outcome, not the coroutine.
+    if "celeriac_adopted" in vars(task):
+        return
+    # Celery's autoretry stands around the body: it has to see the outcome, not the coroutine, and
+    # the end of a session too.
     attribute = "_orig_run" if hasattr(task, "_orig_run") else "run"
-    body = getattr(task, attribute)
-    if is_async(task) and not isinstance(body, (_AsyncBody, _Guarded)):
-        setattr(task, attribute, _AsyncBody(task, body))
+    found = getattr(task, attribute)
+    arguments = task.celeriac_arguments = arguments_of(task, found)
+    body = inject(task, found if arguments is None else arguments.body)
+    if arguments is not None:
+        arguments.left_out = needs_of(f"task {task.name}", found)
+        if not isinstance(task, Task):
+            task._dump_pydantic_arguments = arguments.dump
+    if is_async(task):
+        body = _AsyncBody(task, body)
         if task._backend is None and not isinstance(task, Task):
             task.backend = _Backend(task.app)
-        task.request_stack.__ident_func__ = bridge.stack_key
-    if not isinstance(task, Task) and not isinstance(task.run, _Guarded):
+    elif arguments is not None:
+        body = _TypedBody(task, body)
+    task.celeriac_adopted = True
+    if body is not found:
+        setattr(task, attribute, body)
+        if task.request_stack is not None:  # of one that is bound
+            task.request_stack.__ident_func__ = bridge.stack_key
+    if not isinstance(task, Task):
         task.run = _Guarded(task, task.run)
 
 
-_REFUSED = {runs.CANCELLED: "cancelled"}
+_REFUSED = {runs.CANCELLED: "cancelled", runs.DOUBLED: "sent twice"}
 
 
 def _refuse(task: celery.Task) -> None:
@@ -73,6 +92,9 @@ class _AsyncBody:
         self.__wrapped__ = body
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments: Arguments | None = self._task.celeriac_arguments
+        if arguments is not None:
+            args, kwargs = arguments.load(args, kwargs)
         coroutine = self._body(*args, **kwargs)
         request = self._task.request
         # The tracer calls once for each request; what the body calls itself, it awaits.
@@ -81,9 +103,24 @@ class _AsyncBody:
             return coroutine
         request.celeriac_running = True
         result = bridge.run_body(coroutine)
-        if isinstance(result, BaseModel) and self._task._dump_pydantic_arguments is not None:
-            return result.model_dump(mode="json")  # as Celery does for a synchronous body
-        return result
+        return result if arguments is None else arguments.dump_result(result)
+
+
+class _TypedBody:
+    """A synchronous body in the place of the one that Celery wraps for `pydantic=True`."""
+
+    def __init__(self, task: celery.Task, body: Callable[..., Any]) -> None:
+        self._task, self._body = task, body
+        self.__wrapped__ = body
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments: Arguments = self._task.celeriac_arguments
+        args, kwargs = arguments.load(args, kwargs)
+        result = self._body(*args, **kwargs)
+        # Celery dumps a model even where it is called directly, and nothing else.
+        if self._task.request.called_directly and not isinstance(result, BaseModel):
+            return result
+        return arguments.dump_result(result)
 
 
 # What the tracer, and a body, have the result backend do, which may block.
@@ -138,11 +175,11 @@ class Task(celery.Task):  # type: ignore[misc]
     """Celery's task, whose body may be an `async def`. `adopt` makes it an app's default base."""
 
     abstract = True
+    celeriac_arguments: Arguments | None = None
 
     def __init__(self) -> None:
         super().__init__()
-        if is_async(self):
-            self.run: Callable[..., Any] = _AsyncBody(self, self.run)
+        adopt_body(self)
         if type(self).before_start is not Task.before_start:  # which it need not call
             self.before_start = _Guarded(self, self.before_start)  # type: ignore[method-assign]
 
@@ -169,11 +206,24 @@ class Task(celery.Task):  # type: ignore[misc]
         return super().apply(*args, **options)
 
     @publish.only_publishes
-    def apply_async(self, *args: Any, **options: Any) -> Any:
-        """Celery's, with delays of less than a second on quorum queues too."""
+    def apply_async(self, args: Any = None, kwargs: Any = None, *more: Any, **options: Any) -> Any:
+        """Celery's, with typed arguments, and delays of less than a second on quorum queues too."""
+        typed = self.celeriac_arguments
+        if typed is not None and (options.get("serializer") or self.serializer) != "pickle":
+            args, kwargs = typed.dump(args, kwargs, passed_on=bool(options.get("parent_id")))
         if options.get("countdown") or options.get("eta"):
             options |= rabbitmq.delay(self.app, options)
-        return super().apply_async(*args, **options)
+        return super().apply_async(args, kwargs, *more, **options)
+
+    def delay_on_commit(self, session: Any, /, *args: Any, **kwargs: Any) -> Handle:
+        """`delay`, once `session` of SQLAlchemy has committed: see `celeriac.commit`."""
+        return self.apply_async_on_commit(session, args, kwargs)
+
+    def apply_async_on_commit(self, session: Any, *args: Any, **options: Any) -> Handle:
+        """`apply_async`, once `session` of SQLAlchemy has committed: see `celeriac.commit`."""
+        from celeriac.commit import apply_async_on_commit  # SQLAlchemy is an extra
+
+        return apply_async_on_commit(self, session, *args, **options)
 
     def before_start(self, task_id: str, args: Any, kwargs: Any) -> None:
         """Celery's hook, before which it is known whether the run may start."""

@@ -26,6 +26,7 @@ R_co = TypeVar("R_co", covariant=True)
 R = TypeVar("R")
 
 if TYPE_CHECKING:
+    from celeriac.commit import AnySession
     from celeriac.handle import Handle
 
     class TypedTask(Generic[P, R_co]):
@@ -38,6 +39,18 @@ if TYPE_CHECKING:
         def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
         def delay(self, *args: P.args, **kwargs: P.kwargs) -> AsyncResult: ...
         async def adelay(self, *args: P.args, **kwargs: P.kwargs) -> Handle: ...
+        def delay_on_commit(
+            self, session: AnySession, /, *args: P.args, **kwargs: P.kwargs
+        ) -> Handle: ...
+        def apply_async_on_commit(
+            self,
+            session: AnySession,
+            args: Iterable[Any] | None = None,
+            kwargs: Mapping[str, Any] | None = None,
+            *,
+            ordering_key: str | None = None,
+            **options: Any,
+        ) -> Handle: ...
         def s(self, *args: Any, **kwargs: Any) -> Signature: ...
         def si(self, *args: P.args, **kwargs: P.kwargs) -> Signature: ...
         def apply_async(

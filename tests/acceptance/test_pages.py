@@ -1,5 +1,6 @@
 """The reference system's pages in Debian's Chromium, against real processes."""
 
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -24,10 +25,13 @@ from playwright.sync_api import (
 )
 from playwright.sync_api import Request as BrowserRequest
 
+import celeriac.fastapi
+from celeriac.status import Event, Status
 from support import missing
 from system import System
 
 CHROMIUM = Path("/usr/bin/chromium")
+STATIC = Path(celeriac.fastapi.__file__).parent / "static"
 QUIET = (
     "--disable-quic",
     "--no-first-run",
@@ -451,10 +455,15 @@ def test_a_task_is_watched_to_its_end_in_every_way(page: Page, system: System, w
     numbers = [event["id"] for event in outcome["seen"]]
     assert numbers == sorted(set(numbers))
     assert [event["state"] for event in outcome["seen"]][-2:] == ["STARTED", "SUCCESS"]
-    assert outcome["lost"] == 0 or way == "poll"
+    assert outcome["lost"] == 0
     again = page.evaluate(WATCH, [task_id, {"transports": [way]}])
     assert again["seen"] == [outcome["end"]]
-    assert page.evaluate(WATCH, ["no-such-task", {}])["error"] == "UnknownTask"
+    after = {"transports": [way], "after": outcome["end"]["id"]}
+    over = page.evaluate(WATCH, [task_id, after])
+    assert (over["seen"], over["lost"]) == ([], 0)
+    assert over["end"]["result"] == outcome["end"]["result"]
+    unknown = page.evaluate(WATCH, ["no-such-task", {"transports": [way]}])
+    assert unknown["error"] == "UnknownTask"
 
 
 def test_where_one_way_is_blocked_the_next_is_taken(page: Page, system: System) -> None:
@@ -492,6 +501,69 @@ def test_a_lost_connection_costs_no_event_and_repeats_none(page: Page, system: S
     assert outcome["lost"] == 2
 
 
+def test_who_asks_does_so_once_for_each_state_and_knows_what_was_missed(page: Page) -> None:
+    """Also where the last event seen is one of the task's own, whose number no state has."""
+    states: list[dict[str, Any]] = [
+        {"id": 3, "state": "STARTED"},
+        {"id": 8, "state": "PROGRESS"},
+        {"id": 10, "state": "SUCCESS"},
+    ]
+    asked: list[tuple[bool, str | None]] = []
+
+    def answer(route: Route) -> None:
+        tag = route.request.headers.get("if-none-match")
+        asked.append(("wait=20" in route.request.url, tag))
+        state = states.pop(0)
+        headers = {"ETag": f'"{state["id"]}-x"'}
+        route.fulfill(json={"task_id": "a", **state}, headers=headers)
+
+    page.route("**/tasks/a?**", answer)
+    page.route("**/tasks/a", answer)
+    page.goto("/")
+    outcome = page.evaluate(WATCH, ["a", {"transports": ["poll"], "after": 7}])
+    assert asked == [(False, None), (True, '"3-x"'), (True, '"8-x"')]
+    seen = [(event["id"], event.get("recovered")) for event in outcome["seen"]]
+    assert seen == [(8, None), (10, False)]
+    assert outcome["lost"] == 0
+
+
+def test_why_a_task_waits_is_told_once_and_a_store_that_is_away_ends_no_way(page: Page) -> None:
+    pending = {"task_id": "a", "id": 0, "state": "PENDING"}
+    opened: list[str] = []
+
+    def serve(route: WebSocketRoute) -> None:
+        opened.append(route.url)
+        if len(opened) < 4:
+            route.close(code=1013)
+            return
+        said = [pending, *[pending | {"waiting": "no worker"}] * 2]
+        for each in (*said, pending, {"task_id": "a", "id": 1, "state": "SUCCESS"}):
+            route.send(json.dumps(each))
+
+    page.route_web_socket("**/ws/task_status/*", serve)
+    page.goto("/")
+    outcome = page.evaluate(WATCH, ["a", {}])
+    shown = [(event["state"], event.get("waiting")) for event in outcome["seen"]]
+    assert shown == [("PENDING", None), ("PENDING", "no worker"), ("SUCCESS", None)]
+    assert (len(opened), outcome["lost"]) == (4, 3)
+
+
+def test_who_has_given_up_beforehand_asks_nothing(page: Page) -> None:
+    asked: list[str] = []
+    page.route_web_socket("**/ws/task_status/*", lambda route: asked.append(route.url))
+    page.goto("/")
+    error = page.evaluate(
+        """async () => {
+          const { watchTask } = await import("/celeriac/client.js");
+          const signal = AbortSignal.abort();
+          const watched = watchTask("a", { base: "/", signal });
+          const late = new Promise((resolve) => setTimeout(resolve, 1000, "nothing"));
+          return Promise.race([watched.catch((error) => error.name), late]);
+        }"""
+    )
+    assert (error, asked) == ("AbortError", [])
+
+
 def test_an_element_shows_a_task(page: Page, system: System) -> None:
     page.goto("/")
     task_id = system.send("project.users.tasks.divide", kwargs={MARKUP: 1})
@@ -510,3 +582,64 @@ def test_an_element_shows_a_task(page: Page, system: System) -> None:
     expect(element.get_by_role("status")).to_contain_text("Failed: TypeError: divide() got")
     expect(element.locator("progress")).to_be_hidden()
     expect_no_markup(page)
+
+
+LOOK = """
+async () => {
+  const module = await import("/celeriac/client.js");
+  const read = new Set();
+  const options = new Proxy({ base: "/" }, {
+    get: (given, name) => { read.add(name); return given[name]; },
+  });
+  const error = await module.watchTask("no-such-task", options).catch((error) => error);
+  const each = (look) => Object.fromEntries(
+    Object.entries(module).map(([name, it]) => [name, look(it)])
+  );
+  return {
+    lengths: each((it) => it.length),
+    parents: each((it) => Object.getPrototypeOf(it).name ?? null),
+    kinds: each((it) => it.constructor.name),
+    options: [...read],
+    attributes: module.TaskStatusElement.observedAttributes,
+    isDefined: customElements.get("task-status") === module.TaskStatusElement,
+    isUnknown: error instanceof module.UnknownTask,
+  };
+}
+"""
+
+
+def test_the_declared_types_are_those_of_the_module(page: Page) -> None:
+    text = (STATIC / "client.d.ts").read_text()
+    functions = dict(re.findall(r"^export function (\w+)\((.*)\): Promise<", text, re.MULTILINE))
+    classes = dict(re.findall(r"^export class (\w+) extends (\w+)", text, re.MULTILINE))
+    constants = dict(re.findall(r"^export const (\w+): (\w+)", text, re.MULTILINE))
+    page.goto("/")
+    found = page.evaluate(LOOK)
+    assert set(found["kinds"]) == {*functions, *classes, *constants}
+    assert {name: found["parents"][name] for name in classes} == classes
+    assert {name: found["kinds"][name] for name in constants} == constants
+    for name, given in functions.items():
+        assert found["kinds"][name] in ("Function", "AsyncFunction")
+        # Those with a default do not count in JavaScript.
+        needed, most = len(re.findall(r"\w:", given)), len(re.findall(r"\w\??:", given))
+        assert needed <= found["lengths"][name] <= most, name
+    assert set(found["options"]) == members(text, "WatchOptions")
+    assert found["attributes"] == re.findall(r'([\w-]+)="…"', text)
+    assert found["isDefined"]
+    assert found["isUnknown"]
+
+
+def test_the_declared_event_has_all_that_is_sent() -> None:
+    given: dict[str, Any] = {"id": 1, "result": 1, "time": 1.0, "retry_at": 1.0, "waiting": "x"}
+    told: list[Status | Event] = [
+        Status("a", "PROGRESS", **given),
+        Status("a", "FAILURE", error="x", code="x", recovered=False),
+        Event("a", 1, "line", "x"),
+    ]
+    sent = {name for each in told for name in each.as_json()}
+    assert members((STATIC / "client.d.ts").read_text(), "TaskEvent") == sent
+
+
+def members(declared: str, interface: str) -> set[str]:
+    body = declared.partition(f"interface {interface} {{\n")[2].partition("\n}\n")[0]
+    return set(re.findall(r"^  (\w+)\??:", body, re.MULTILINE))

@@ -18,6 +18,7 @@ from celery import Celery
 from kombu.exceptions import ChannelError
 from redis import Redis
 
+from celeriac import records
 from celeriac.embedded import Valkey
 from publishing import take
 from support import Process, clean_environment, empty_redis, eventually, given, python, wanted
@@ -69,6 +70,7 @@ class Beats:
             pid, at, *_ = message.decode()[0]
             headers = message.headers
             assert headers["celery_beat_task"] is True
+            assert headers[records.OWNER] == records.SYSTEM
             self._sent.append(Sent(headers["task"], headers["id"], pid, at))
         return self._sent
 

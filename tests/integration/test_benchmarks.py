@@ -14,8 +14,9 @@ from benchmarks.rows import Row
 from support import ROOT, run_python
 
 MACHINE = {"cpu", "cores", "system", "python", "server", "load", "date"}
-WORKED = {"tasks", "seconds", "tasks_per_second", "cpu_us", "peak_mb"}
+WORKED = {"tasks", "seconds", "tasks_per_second", "cpu_us", "server_us", "peak_mb"}
 CALLED = {"messages_per_second", "call_p50_ms", "call_p99_ms", "loop_lag_p99_ms", "cpu_us"}
+TOLD = {"told_p50_ms", "told_p99_ms", "cpu_us"}
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,7 @@ CALLED = {"messages_per_second", "call_p50_ms", "call_p99_ms", "loop_lag_p99_ms"
         ("worker", "Celery solo,celeriac prefork", WORKED),
         ("io", "threads -c 100", WORKED),
         ("publish", "delay()", CALLED),
+        ("status-ends", "asked,celeriac prefork", TOLD),
     ],
 )
 def test_a_quick_run_gives_every_figure_of_every_chosen_row(
@@ -47,6 +49,20 @@ def test_a_quick_run_gives_every_figure_of_every_chosen_row(
         assert all(figure >= 0 for figure in row["median"].values())
         assert row["to_celery"].keys() <= figures
         assert f"| {row['name']} | " in ran.stdout
+
+
+def test_sockets_that_follow_tasks_are_told_and_their_cost_is_given(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    command = ("-m", "benchmarks", "status-sockets", "--quick", "--rows", "compressed")
+    ran = run_python(*command, "--json", file, cwd=ROOT, timeout=100)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+
+    [table] = json.loads(file.read_text())["tables"]
+    [row] = table["rows"]
+    assert row["error"] is None
+    assert row["median"]["redis_subscribed"] == 1
+    assert 0 < row["median"]["work_seconds"] <= row["median"]["all_seconds"]
+    assert row["median"]["socket_kb"] > 0
 
 
 def test_a_row_that_fails_is_reported_and_the_rest_goes_on(

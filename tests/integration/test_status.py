@@ -672,6 +672,24 @@ async def test_somebody_elses_key_is_one_unreadable_task_and_no_lost_connection(
     assert "is away" not in caplog.text
 
 
+async def test_an_id_that_no_key_can_have_costs_no_follower_anything(
+    app: Celery, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with Reader(app) as reader, reader.follow("a") as events:
+        assert (await anext(events)).state == "PENDING"
+        for _ in range(3):
+            with pytest.raises(UnicodeEncodeError):
+                await reader.snapshot("\ud800")
+            with pytest.raises(UnicodeEncodeError):
+                async with reader.follow("\ud800"):
+                    pass
+        app.backend.store_result("a", 1, states.SUCCESS)
+        async with asyncio.timeout(1):
+            assert [event.state for event in await collect(events)] == ["SUCCESS"]
+        assert reader._snapshots == {}
+    assert caplog.records == []  # the connection was never lost
+
+
 async def test_a_reader_can_be_used_while_it_closes(app: Celery) -> None:
     reader = Reader(app)
     for _ in range(20):

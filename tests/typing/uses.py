@@ -1,10 +1,12 @@
 """Good and bad uses of typed tasks; `# E` marks each line that mypy shall refuse, and no other."""
 
-from typing import assert_type
+from typing import Annotated, assert_type
 
 from celery import Celery
+from fastapi import Depends
 
 from celeriac import adopt, create_celery, shared_task
+from celeriac.inject import injected
 from celeriac.settings import Settings
 from celeriac.task import Task
 
@@ -38,7 +40,14 @@ async def shared_and_bound(self: Task, name: str) -> str:
     return name
 
 
+@app.task
+async def counted(unit: str, limit: Annotated[int, Depends(int)] = injected) -> int:
+    return limit
+
+
 async def good() -> None:
+    await counted.adelay("m")
+    await counted.adelay("m", limit=1)
     await divide.adelay(1, y=2)
     divide.delay(1)
     assert_type(divide(1, 2), float)
@@ -53,6 +62,8 @@ async def good() -> None:
 
 
 async def bad() -> None:
+    await counted.adelay()  # E
+    await counted.adelay("m", limit="1")  # E
     await divide.adelay("1")  # E
     await divide.adelay()  # E
     await divide.adelay(1, 2, 3)  # E

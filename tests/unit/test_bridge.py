@@ -119,6 +119,27 @@ def test_a_cancelled_call_that_no_thread_has_begun_is_never_made(
     assert seen == []
 
 
+def test_what_is_called_surely_is_called_even_for_who_was_cancelled_before() -> None:
+    seen: list[str] = []
+
+    async def main() -> None:
+        threads, go = DaemonThreads(1, "one"), threading.Event()
+        first = asyncio.create_task(bridge.in_thread(threads, lambda: go.wait(10)))
+        surely = asyncio.create_task(
+            bridge.in_thread(threads, lambda: seen.append("called"), surely=True)
+        )
+        await asyncio.sleep(0)
+        surely.cancel()
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await surely
+        assert await first
+        threads.shutdown()
+
+    asyncio.run(main())
+    assert seen == ["called"]
+
+
 def test_a_child_that_swallows_its_cancellation_holds_up_no_end(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,14 +4,11 @@
 // while the server is out of reach. They return after the terminal state, and throw Refused where
 // the server says that trying again is of no use.
 
-import { watchTask } from "/celeriac/client.js";
+import { TERMINAL, backOff, pause, watchTask } from "/celeriac/client.js";
 
-const TERMINAL = new Set(["SUCCESS", "FAILURE", "REVOKED"]);
 const TRANSIENT = new Set([0, 408, 425, 429]); // and every 5xx; 0 is no answer at all
 // Milliseconds:
 const INTERVAL = 500; // between two polls
-const FIRST_WAIT = 250; // after a lost connection; doubled each time, to LONGEST_WAIT
-const LONGEST_WAIT = 5000;
 const PATIENCE = 10_000; // with a server that says nothing
 
 /** What the server refused: a message for the reader, and one for each field that is wrong. */
@@ -89,23 +86,4 @@ function refusal(status, body) {
 function sentence(text) {
   const end = /[.!?…]$/.test(text) ? "" : ".";
   return text.charAt(0).toUpperCase() + text.slice(1) + end;
-}
-
-/** Shortened by chance, so that the readers of a restarted server do not come back in step. */
-function backOff(failures) {
-  const longest = Math.min(FIRST_WAIT * 2 ** failures, LONGEST_WAIT);
-  return pause(longest * (0.75 + Math.random() / 4));
-}
-
-/** Over at once when the browser is online again. */
-function pause(milliseconds) {
-  return new Promise((resolve) => {
-    const end = () => {
-      clearTimeout(timer);
-      removeEventListener("online", end);
-      resolve();
-    };
-    const timer = setTimeout(end, milliseconds);
-    addEventListener("online", end);
-  });
 }

@@ -32,3 +32,7 @@ class TaskAccepted(BaseModel):
 class TaskState(BaseModel):
     state: str
     error: str | None = None
+
+
+class Refusal(BaseModel):
+    detail: str

@@ -12,7 +12,8 @@ from celery.utils.log import get_task_logger
 from sqlalchemy import func, select
 
 from celeriac import shared_task
-from project.database import new_session
+from celeriac.inject import injected
+from project.deps import AsyncSessionDep, SessionDep
 from project.third_party import TemporaryError, subscribe
 from project.users.models import User
 
@@ -32,6 +33,13 @@ async def subscribe_to_list(email: str) -> str:
     """The form's task: one call, no second try; its failure is what the page shows."""
     await subscribe(email)
     return f"{email} is on the list"
+
+
+@shared_task
+async def subscribe_user(user_id: int, session: AsyncSessionDep = injected) -> str:
+    """Published when its user is committed, so the user is there."""
+    user = await session.get_one(User, user_id)
+    return await subscribe_to_list(user.email)
 
 
 # 1. By hand: the task decides when, and after what.
@@ -93,18 +101,16 @@ async def subscribe_someday(email: str) -> str:
 
 
 @shared_task(ignore_result=True)
-def count_users() -> None:
+def count_users(session: SessionDep = injected) -> None:
     """Every five seconds, by beat."""
-    with new_session() as session:
-        logger.info("%d users", session.scalar(select(func.count()).select_from(User)))
+    logger.info("%d users", session.scalar(select(func.count()).select_from(User)))
 
 
 @shared_task(name="low_priority:nightly_report")
-def nightly_report() -> dict[str, Any]:
+def nightly_report(session: SessionDep = injected) -> dict[str, Any]:
     """Every night at three, by beat: how many users each mail domain has."""
-    with new_session() as session:
-        domains: dict[str, int] = {}
-        for email in session.scalars(select(User.email)):
-            domain = email.rpartition("@")[2]
-            domains[domain] = domains.get(domain, 0) + 1
+    domains: dict[str, int] = {}
+    for email in session.scalars(select(User.email)):
+        domain = email.rpartition("@")[2]
+        domains[domain] = domains.get(domain, 0) + 1
     return {"users": sum(domains.values()), "domains": domains}

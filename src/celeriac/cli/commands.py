@@ -11,7 +11,7 @@ class _Commands(click.Group):
     """Imports the module of the command that is called alone: some import all of Celery."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return ["dead", "dev", "doctor", "health", "settings"]
+        return ["dead", "dev", "doctor", "health", "relay", "settings"]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self.list_commands(ctx):

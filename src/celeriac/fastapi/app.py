@@ -9,13 +9,14 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from celeriac.app import use_app
-from celeriac.errors import ServiceError
+from celeriac.errors import PublishError, ServiceError
 
 
 def attach(app: FastAPI, celery: Celery) -> None:
     """Give `app` its Celery app: `app.celery`, `app.celery_app`, and `current_app` in requests.
 
-    A task that cannot be sent because the broker is away answers 503 with `Retry-After`.
+    A task that cannot be sent because the broker is away answers 503 with `Retry-After`, and says
+    whether it may have been accepted all the same.
     """
     app.celery = app.celery_app = celery  # type: ignore[attr-defined]
     app.add_middleware(AppContextMiddleware, celery=celery)
@@ -24,8 +25,13 @@ def attach(app: FastAPI, celery: Celery) -> None:
 
 
 async def _unavailable(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, PublishError):
+        outcome = "the task may have been" if error.maybe_accepted else "nothing was"
+        said = f"the task queue is away, {outcome} accepted"
+    else:
+        said = "the task queue is away"
     return JSONResponse(
-        {"detail": "the task queue is away, nothing was accepted: try again later"},
+        {"detail": f"{said}: try again later"},
         status.HTTP_503_SERVICE_UNAVAILABLE,
         headers={"Retry-After": "5"},
     )

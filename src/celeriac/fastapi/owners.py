@@ -5,18 +5,29 @@ WebSocket's: a string, "" for nobody, or PUBLIC for one who may see every task.
 """
 
 from collections.abc import AsyncIterator, Callable
-from typing import Any, Final, Literal
+from dataclasses import dataclass
+from enum import Enum
+from typing import Annotated, Any, Final, TypeVar
 
-from fastapi import Depends
+from fastapi import Depends, HTTPException, status
 from itsdangerous import BadSignature, URLSafeTimedSerializer
 
 from celeriac import records
 
-PUBLIC: Final = "*"
+
+class Public(Enum):
+    """Of one value, which is no string: whatever somebody calls himself, it is not this."""
+
+    PUBLIC = "public"
+
+
+PUBLIC: Final = Public.PUBLIC
+Owner = str | Public
 OwnerPolicy = Callable[..., Any]
+T = TypeVar("T", bound=Owner)
 
 
-def public() -> Literal["*"]:
+async def public() -> Public:  # not in a thread of its own, as FastAPI runs what is synchronous
     """The policy that shows every task to everybody who knows its id."""
     return PUBLIC
 
@@ -27,19 +38,26 @@ def owned_by(policy: OwnerPolicy) -> Callable[..., AsyncIterator[None]]:
     `FastAPI(dependencies=[Depends(owned_by(policy))])`, or those of a router.
     """
 
-    async def publish_as_owner(owner: str = Depends(policy)) -> AsyncIterator[None]:
-        records.set_owner("" if owner == PUBLIC else owner)
-        yield
+    async def publish_as_owner(owner: Annotated[Owner, Depends(policy)]) -> AsyncIterator[None]:
+        with records.as_owner("" if owner is PUBLIC else checked(owner)):
+            yield
 
     return publish_as_owner
 
 
-def may_see(owner: str, record: records.Record | None, *, unowned: bool = False) -> bool:
+def checked(owner: T) -> T:
+    """Refuse (403) whoever is called what beat's tasks belong to."""
+    if owner == records.SYSTEM:
+        raise HTTPException(status.HTTP_403_FORBIDDEN, f"nobody may be called {owner!r}")
+    return owner
+
+
+def may_see(owner: Owner, record: records.Record | None, *, unowned: bool = False) -> bool:
     """Whether `owner`, as a policy gives it, may see the task of this record.
 
     `unowned`: also if it is nobody's, such as one that was sent from a shell.
     """
-    if owner == PUBLIC:
+    if owner is PUBLIC:
         return True
     if record is None or not record.owner:
         return unowned
@@ -65,11 +83,25 @@ class ReadTokens:
         """A token for all tasks of this owner."""
         return str(self._signer.dumps({"owner": owner}))
 
-    def allows(self, token: str, task_id: str, record: records.Record | None) -> bool:
+    def access(self, token: str) -> "Access | None":
+        """What it lets see; None for a token that is not valid, or not any more."""
         try:
-            scope = self._signer.loads(token, max_age=self._seconds)
+            scope: dict[str, str] = self._signer.loads(token, max_age=self._seconds)
         except BadSignature:
-            return False
-        if scope.get("task") == task_id:
+            return None
+        return Access(scope.get("owner", ""), task_id=scope.get("task"), by_token=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What one connection may see: as the owner that a policy gave, or as its token says."""
+
+    owner: Owner = ""
+    unowned: bool = False
+    task_id: str | None = None  # of the one task that a token is for
+    by_token: bool = False
+
+    def allows(self, task_id: str, record: records.Record | None) -> bool:
+        if task_id == self.task_id:
             return True
-        return "owner" in scope and may_see(scope["owner"], record) and scope["owner"] != PUBLIC
+        return may_see(self.owner, record, unowned=self.unowned)

@@ -11,7 +11,7 @@ from starlette.requests import HTTPConnection
 
 from celeriac import records
 from celeriac.errors import UnknownTaskError
-from celeriac.fastapi.owners import may_see
+from celeriac.fastapi.owners import Owner, checked, may_see
 from celeriac.status import Event, Reader, Status, reader_of
 
 UNKNOWN = "unknown task"
@@ -30,12 +30,13 @@ ReaderDep = Annotated[Reader, Depends(_reader)]
 """Task states in a view of an application that was given its Celery app with `attach`."""
 
 
-async def find_task(reader: Reader, task_id: str, owner: str, *, unowned: bool = False) -> Status:
+async def find_task(reader: Reader, task_id: str, owner: Owner, *, unowned: bool = False) -> Status:
     """The state of a task, if `owner`, as a policy gives it, may see it.
 
     Raises HTTPException 404 else, the same for a task that is not known and for somebody else's.
     `unowned`: as in `status_router`.
     """
+    checked(owner)
     return await visible(
         reader, task_id, lambda found: may_see(owner, found.record, unowned=unowned)
     )

@@ -23,15 +23,18 @@ export interface TaskEvent {
 }
 
 export interface WatchOptions {
-  /** Called with every event, in order, each once, the terminal one last. */
+  /**
+   * Called with every event, in order, each once, the terminal one last. Where only asking comes
+   * through these are states, and `recovered` is false if there was something between two.
+   */
   onEvent?: (event: TaskEvent) => void;
-  /** Called each time the server is out of reach; it is tried again, with growing pauses. */
+  /** Called each time a connection was lost or none came about; another follows, after a pause. */
   onLost?: () => void;
   /** Where the routes are, seen from the page; "" by default. */
   base?: string;
   /** A read token, for pages of another origin. */
   token?: string;
-  /** Begin after this event. */
+  /** Begin after this event; if that was the end, `watchTask` resolves with it. */
   after?: number;
   /** Stop watching; the promise is rejected with the signal's reason. */
   signal?: AbortSignal;
@@ -50,3 +53,10 @@ export class Refused extends Error {}
 
 /** `<task-status task-id="…" base="…" token="…">`, which fires `task-event` with each event. */
 export class TaskStatusElement extends HTMLElement {}
+
+/** The states with which a task ends. */
+export const TERMINAL: Set<string>;
+/** Wait so many milliseconds, or until the browser is online again. Rejects once `signal` does. */
+export function pause(milliseconds: number, signal?: AbortSignal): Promise<void>;
+/** A pause that grows with the number of failures before it, up to five seconds. */
+export function backOff(failures: number, signal?: AbortSignal): Promise<void>;

@@ -6,7 +6,7 @@
 //
 // Types and the meaning of every option are in client.d.ts.
 
-const TERMINAL = new Set(["SUCCESS", "FAILURE", "REVOKED"]);
+export const TERMINAL = new Set(["SUCCESS", "FAILURE", "REVOKED"]);
 // Milliseconds:
 const FIRST_WAIT = 250; // after a lost connection; doubled each time, to LONGEST_WAIT
 const LONGEST_WAIT = 5000;
@@ -30,23 +30,28 @@ export class Refused extends Error {
 
 export async function watchTask(id, options = {}) {
   const { onEvent = () => {}, onLost = () => {}, signal, transports } = options;
+  signal?.throwIfAborted();
   const watch = {
     id,
     base: new URL(options.base ?? "", document.baseURI),
     token: options.token,
     last: options.after ?? null,
+    waiting: undefined, // the last reason for it that was told
     end: null,
     came: false, // anything at all, over this connection
+    works: false, // this way, though the server has nothing to say
     signal,
   };
   watch.take = (event) => {
-    watch.came = true;
     if (event.id !== undefined && event.id !== null) {
-      if (watch.last !== null && event.id <= watch.last && event.recovered !== false) {
+      const seen = watch.last !== null && event.id <= watch.last && event.recovered !== false;
+      const why = event.id === watch.last && event.waiting && event.waiting !== watch.waiting;
+      if (seen && !why) {
         if (TERMINAL.has(event.state)) watch.end ??= event;
         return;
       }
       watch.last = event.id;
+      watch.waiting = event.waiting;
     }
     onEvent(event);
     if (TERMINAL.has(event.state)) watch.end = event;
@@ -55,12 +60,13 @@ export async function watchTask(id, options = {}) {
   let failures = 0;
   let useless = 0;
   while (true) {
-    watch.came = false;
+    watch.came = watch.works = false;
     await ways[0](watch);
     if (watch.end) return watch.end;
     signal?.throwIfAborted();
-    if (watch.came) {
-      failures = useless = 0;
+    if (watch.came) failures = 0;
+    if (watch.came || watch.works) {
+      useless = 0;
     } else if (++useless >= TRIES && ways.length > 1) {
       ways.shift();
       useless = 0;
@@ -91,16 +97,23 @@ function websocket(watch) {
     addEventListener("offline", lost);
     watch.signal?.addEventListener("abort", lost);
     // The first frame is due at once, unless it has been seen already.
-    const timer = setTimeout(() => watch.last === null && lost(), PATIENCE);
+    const timer = setTimeout(() => {
+      if (watch.last === null || socket.readyState !== WebSocket.OPEN) lost();
+      else watch.came = true;
+    }, PATIENCE);
     socket.onmessage = ({ data }) => {
       clearTimeout(timer);
+      watch.came = true;
       watch.take(JSON.parse(data));
       if (watch.end) end(resolve);
     };
     socket.onclose = ({ code, reason }) => {
       if (code === 4404) end(reject, new UnknownTask(watch.id));
       else if (code === 1008) end(reject, new Refused(reason || "The server refuses to tell."));
-      else end(resolve);
+      else {
+        watch.works = code === 1013; // and says: try again later
+        end(resolve, code === 1000 && !watch.end ? ask(watch) : null); // an end that it has seen
+      }
     };
   });
 }
@@ -113,14 +126,20 @@ function sse(watch) {
       clearTimeout(timer);
       removeEventListener("offline", end);
       watch.signal?.removeEventListener("abort", end);
+      // By an answer that is no stream: its code, such as that of an unknown task, is not told here.
+      const refused = !watch.end && source.readyState === EventSource.CLOSED;
       source.close();
-      resolve();
+      resolve(refused ? ask(watch) : null);
     };
     addEventListener("offline", end);
     watch.signal?.addEventListener("abort", end);
-    const timer = setTimeout(() => watch.last === null && end(), PATIENCE);
+    const timer = setTimeout(() => {
+      if (watch.last === null || source.readyState !== EventSource.OPEN) end();
+      else watch.came = true;
+    }, PATIENCE);
     source.onmessage = ({ data }) => {
       clearTimeout(timer);
+      watch.came = true;
       watch.take(JSON.parse(data));
       if (watch.end) end();
     };
@@ -128,28 +147,46 @@ function sse(watch) {
   });
 }
 
-/** One question; asks to be answered when there is something new. */
+/** Question after question; each is answered when there is something new. */
 async function poll(watch) {
+  for (let tag = null; ; ) {
+    const answer = await ask(watch, tag);
+    if (!answer) return;
+    watch.came = true;
+    if (watch.end) return;
+    tag = answer.tag;
+    await pause(FIRST_WAIT, watch.signal);
+  }
+}
+
+/** The state now or, with the tag of one, the next. Null where there is no answer. */
+async function ask(watch, tag = null) {
   const url = address(watch, `tasks/${encodeURIComponent(watch.id)}`);
   url.searchParams.delete("after");
   const headers = {};
-  if (watch.last !== null) {
+  if (tag !== null) {
     url.searchParams.set("wait", LONG_POLL);
-    headers["If-None-Match"] = `"${watch.last}"`;
+    headers["If-None-Match"] = tag;
   }
-  let response;
+  let response, event;
   try {
     const patience = AbortSignal.timeout(LONG_POLL * 1000 + PATIENCE);
     const signal = watch.signal ? AbortSignal.any([watch.signal, patience]) : patience;
     response = await fetch(url, { headers, signal, cache: "no-store" });
-    if (response.status === 304) watch.came = true;
-    if (response.ok) watch.take(await response.json());
+    if (response.ok) event = await response.json();
   } catch {
-    return; // no answer
+    return null;
   }
-  if (response.status === 404) throw new UnknownTask(watch.id);
-  if (response.status >= 400 && response.status < 500 && ![408, 425, 429].includes(response.status))
-    throw new Refused(`The server answered with an error (${response.status}).`);
+  const { status } = response;
+  if (status === 404) throw new UnknownTask(watch.id);
+  if (status >= 400 && status < 500 && ![408, 425, 429].includes(status))
+    throw new Refused(`The server answered with an error (${status}).`);
+  if (event) {
+    // What was between the two states is not asked for.
+    if (watch.last !== null && event.id > watch.last + 1) event.recovered = false;
+    watch.take(event);
+  }
+  return event || status === 304 ? { tag: response.headers.get("ETag") ?? tag } : null;
 }
 
 function address(watch, path) {
@@ -161,13 +198,13 @@ function address(watch, path) {
 }
 
 /** Shortened by chance, so that the readers of a restarted server do not come back in step. */
-function backOff(failures, signal) {
+export function backOff(failures, signal) {
   const longest = Math.min(FIRST_WAIT * 2 ** failures, LONGEST_WAIT);
   return pause(longest * (0.75 + Math.random() / 4), signal);
 }
 
 /** Over at once when the browser is online again. */
-function pause(milliseconds, signal) {
+export function pause(milliseconds, signal) {
   return new Promise((resolve, reject) => {
     const end = () => {
       clearTimeout(timer);

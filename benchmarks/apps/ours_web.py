@@ -1,0 +1,15 @@
+"""The status routes, for the owner of all tasks."""
+
+from fastapi import FastAPI
+
+from benchmarks.apps.ours import OWNER, app
+from celeriac.fastapi import attach, status_router
+
+
+def owner() -> str:
+    return OWNER
+
+
+web = FastAPI()
+attach(web, app)
+web.include_router(status_router(app, owner=owner, streams=100_000))

@@ -477,10 +477,11 @@ async def test_what_celerys_own_revoke_catches_reads_revoked_and_never_begins(
     async with side(pool, broker, valkey) as web:
         later = await web.send("wait", 0, countdown=60)
         await asyncio.to_thread(web.worker.process.wait_for, later)
-        others = {"celeriac": 50, "threads": 8, "prefork": 2, "solo": 1}[pool]
+        # A solo worker hears of nothing while it works.
+        others = {"celeriac": 50, "threads": 8, "prefork": 2, "solo": 0}[pool]
         for _ in range(others):
             await web.send("wait_sync", 4)
-        waiting = [await web.send("wait_sync", 0) for _ in range(5)]
+        waiting = [await web.send("wait_sync", 0) for _ in range(5 if others else 0)]
         for _ in range(others):
             await asyncio.to_thread(web.worker.noted, "started")
         revoked = [later, *waiting]
@@ -501,6 +502,7 @@ async def test_what_celerys_own_revoke_made_revoked_begins_at_no_later_worker(
     async with side("celeriac", broker, valkey) as web:
         signature = web.app.signature("status_app.wait", (0,), queue="not-yet")
         task_id = (await asyncio.to_thread(signature.apply_async)).id
+        await asyncio.to_thread(web.worker.control, "ping")  # it listens
         await asyncio.to_thread(web.app.AsyncResult(task_id).revoke)
         assert states(await web.follow(task_id))[-1] == "REVOKED"
     async with side("celeriac", broker, valkey, "-Q", "not-yet") as web:

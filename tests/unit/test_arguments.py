@@ -291,7 +291,9 @@ def test_dependencies_are_no_arguments(make: Callable[..., Any], app: Celery) ->
 
 def test_what_json_carries_by_itself_travels_as_in_celery() -> None:
     app = adopt(Celery("message", broker="memory://", set_as_current=False))
-    app.conf.broker_pool_limit = 0
+    app.conf.update(
+        broker_pool_limit=0, task_default_queue="arguments-message"
+    )  # memory:// is one for all
 
     @app.task(pydantic=True, shared=False)
     def body(at: datetime, ids: list[UUID], point: Point) -> None: ...
@@ -300,7 +302,7 @@ def test_what_json_carries_by_itself_travels_as_in_celery() -> None:
     body.apply_async(("2026-11-20T12:00:00+01:00", [str(ID)], {"x": "1"}))
     with app.connection() as connection:
         for _ in range(2):
-            message = connection.default_channel.basic_get("celery")
+            message = connection.default_channel.basic_get("arguments-message")
             (at, ids, *more), kwargs, _ = message.payload
             assert (at, ids) == (NOW, [ID])
             assert [*more, *kwargs.values()] == [Point(x=1).model_dump(mode="json")]

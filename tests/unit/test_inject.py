@@ -222,14 +222,16 @@ def test_celery_still_checks_the_other_arguments_at_the_call(make: Callable[...,
 
 def test_it_does_not_travel_in_the_message() -> None:
     app = adopt(Celery("message", broker="memory://", set_as_current=False))
-    app.conf.broker_pool_limit = 0
+    app.conf.update(
+        broker_pool_limit=0, task_default_queue="inject-message"
+    )  # memory:// is one for all
 
     @app.task(shared=False)
     def body(number: int, a: PlainDep = injected) -> None: ...
 
     body.delay(1)
     with app.connection() as connection:
-        message = connection.default_channel.basic_get("celery")
+        message = connection.default_channel.basic_get("inject-message")
         assert message.payload[:2] == [[1], {}]
         connection.default_channel.basic_ack(message.delivery_tag)
 

@@ -6,7 +6,7 @@ from benchmarks.apps.ours import OWNER, app
 from celeriac.fastapi import attach, status_router
 
 
-def owner() -> str:
+async def owner() -> str:
     return OWNER
 
 

@@ -214,34 +214,37 @@ def watch(browser: httpx.Client, port: int, task_id: str, **query: object) -> Cl
     return connect(address, additional_headers={"Cookie": cookie})
 
 
-def test_p48_two_web_processes_and_a_status_store_of_its_own(
-    valkey: Valkey, tmp_path: Path
+def test_p48_two_web_processes_two_workers_and_a_status_store_of_its_own(
+    redis_server: str, tmp_path: Path
 ) -> None:
-    with Valkey(tmp_path / "status") as status:
+    with Valkey(tmp_path / "status") as status, ExitStack() as stack:
         ports = [free_port(), free_port()]
         env = clean_environment(
-            CELERY_BROKER_URL=valkey.celery_url,
-            CELERY_RESULT_BACKEND=valkey.celery_url,
+            CELERY_BROKER_URL=redis_server,
+            CELERY_RESULT_BACKEND=redis_server,
             WS_MESSAGE_QUEUE=status.redis_url,
         )
-        worker = ("-m", "celery", "-A", "worker.celery", "worker", "-l", "info", "-c", "1")
+        worker = ("-m", "celery", "-A", "worker.celery", "worker", "-l", "info", "-c", "1", "-n")
         web = ("-m", "uvicorn", "main:app", "--port")
-        with (
-            python(*worker, cwd=REFERENCE, env=env) as worked,
-            python(*web, str(ports[0]), cwd=REFERENCE, env=env) as one,
-            python(*web, str(ports[1]), cwd=REFERENCE, env=env) as two,
-        ):
-            one.wait_for("Uvicorn running")
-            two.wait_for("Uvicorn running")
-            worked.wait_for(r"ready\.")
-            # No third party: the task fails. Sent through one process, watched through the other.
-            body = {"username": "a", "email": "a@example.com"}
-            with httpx.Client() as browser:
-                answer = browser.post(f"http://127.0.0.1:{ports[0]}/users/form/", json=body)
-                task_id = answer.json()["task_id"]
-                for port in ports:
-                    with watch(browser, port, task_id) as socket:
-                        assert [json.loads(frame) for frame in socket][-1]["state"] == "FAILURE"
+        workers = [
+            stack.enter_context(python(*worker, f"{name}@%h", cwd=REFERENCE, env=env))
+            for name in ("one", "two")
+        ]
+        for port in ports:
+            served = stack.enter_context(python(*web, str(port), cwd=REFERENCE, env=env))
+            served.wait_for("Uvicorn running")
+        for each in workers:
+            each.wait_for(r"ready\.")
+        browser = stack.enter_context(httpx.Client())
+        # No third party: tasks fail. Sent through one process, watched through the other.
+        for number in range(20):
+            here, there = ports[number % 2], ports[1 - number % 2]
+            body = {"username": "a", "email": f"a{number}@example.com"}
+            answer = browser.post(f"http://127.0.0.1:{here}/users/form/", json=body)
+            with watch(browser, there, answer.json()["task_id"]) as socket:
+                assert [json.loads(frame) for frame in socket][-1]["state"] == "FAILURE"
+        for each in workers:
+            each.wait_for("received")
 
 
 def test_p49_the_web_process_ends_in_time_with_sockets_open(valkey: Valkey) -> None:

@@ -17,8 +17,8 @@ import pytest
 from celery import Celery, chain, chord, group, states
 from redis import Redis
 from sqlalchemy import Column, Integer, MetaData, String, Table, select
-from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import Session
+from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session, async_sessionmaker
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from celeriac import adopt, bridge
 from celeriac.commit import delay_on_commit
@@ -584,3 +584,32 @@ async def test_typed_arguments_are_refused_or_written_at_the_call(room: Room) ->
         sent = task.delay_on_commit(opened.session, moment, of=[uuid.UUID(int=1)])
         await opened.run(Session.commit)
     assert await room.settled() == [sent.id]
+
+
+@pytest.mark.parametrize("kind", ["sync"], indirect=True)
+async def test_sessions_that_others_made(room: Room) -> None:
+    """A scoped one, as Flask-SQLAlchemy's, and one that a sessionmaker begins and commits."""
+    maker = sessionmaker(room.database.engine)
+    scoped = scoped_session(maker)
+    scoped.execute(users.insert().values())
+    sent = [room.greet.delay_on_commit(scoped, 1).id]
+    scoped.commit()
+    scoped.remove()
+    with maker.begin() as session:
+        sent.append(room.greet.delay_on_commit(session, 2).id)
+
+    def fail() -> None:
+        with maker.begin() as session:
+            room.greet.delay_on_commit(session, 3)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    async_maker = async_sessionmaker(room.database.async_engine)
+    async with async_maker.begin() as async_session:
+        sent.append(room.greet.delay_on_commit(async_session, 4).id)
+    async_scoped = async_scoped_session(async_maker, scopefunc=asyncio.current_task)
+    sent.append(room.greet.delay_on_commit(async_scoped, 5).id)
+    await async_scoped.commit()
+    await async_scoped.remove()
+    assert await room.settled() == sorted(sent)

@@ -356,6 +356,23 @@ def test_e03_e04_a_prefix_names_the_queue(system: System) -> None:
         assert "Traceback" not in worker.output
 
 
+def test_e06_a_user_and_its_task_come_together_or_not_at_all(system: System) -> None:
+    system.behave()
+    for number in range(20):
+        name = f"e06-{number}"
+        body = {"username": name, "email": f"{name}@example.com"}
+        answer = system.http.post("/users/user_subscribe/", json=body)
+        assert answer.status_code == 202
+        last = frames(system, answer.json()["task_id"])[-1]
+        assert last["state"] == "SUCCESS"
+        assert last["result"] == f"{name}@example.com is on the list"
+        assert system.http.post("/users/user_subscribe/", json=body).status_code == 409
+    calls = system.third_party.get("/calls").json()
+    assert [call["email"] for call in calls] == [
+        f"e06-{number}@example.com" for number in range(20)
+    ]
+
+
 def test_e07_a_tasks_log_lines_carry_its_id_and_the_requests_id(system: System) -> None:
     request_id = "11111111-2222-4333-8444-555555555555"
     answer = system.http.post("/users/form/", json=USER, headers={"X-Request-ID": request_id})

@@ -33,6 +33,9 @@ _AWAY = 1.0  # seconds in which a broker that was away is not tried again by tho
 _SPOILT = 60.0  # seconds until what is no fault of the broker's is tried again
 _LOOK_EVERY = 0.2  # seconds
 _AT_ONCE = 100  # messages on their way
+# Seconds between two batches on SQLite, whose writers sleep while they wait: who writes without a
+# break keeps the others out.
+_FAIR = 0.1
 _CLOSING = 2.0  # seconds to remove what was sent
 
 
@@ -184,6 +187,9 @@ class _Sender:
             listening.cancel()
 
     async def _pause(self) -> None:
+        away = self._away_until - self._loop.time()
+        if away > 0:  # each try claims rows, which takes the database from those who commit
+            await asyncio.sleep(away)
         with suppress(TimeoutError):
             async with asyncio.timeout(_LOOK_EVERY):
                 await self._woken.wait()
@@ -200,6 +206,8 @@ class _Sender:
         sent = await self._send(rows, _PATIENCE)
         if self._removing is not None:
             await asyncio.wait([self._removing])  # those of the same key come after it
+        if self._outbox.database.url.get_backend_name() == "sqlite":
+            await asyncio.sleep(_FAIR)
         return sent > 0
 
     async def _listen(self) -> None:

@@ -297,6 +297,7 @@ def test_a_websocket_closed_without_an_end_is_opened_again(page: Page, system: S
             route.connect_to_server()
 
     page.route_web_socket("**/ws/task_status/*", break_the_first)
+    system.behave(delay=2)  # of a task that has ended it would read the end instead
     submit(page, "/users/form_ws/")
     expect_end(page, "SUCCESS", re.compile("^Done"))
     assert len(sockets) == 2

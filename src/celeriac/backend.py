@@ -442,22 +442,24 @@ def keep_runs(app: Celery, keeper: lease.Keeper, *, in_worker: bool = True) -> N
 
 
 def _started(sender: Task, task_id: str, **_: Any) -> None:
-    run = runs.begin(sender)
-    if _ignored(sender) or (sender.request.is_eager and sender.store_eager_result):
+    request = sender.request  # each look for it costs
+    run = runs.begin(sender, request)
+    if _ignored(sender, request) or (request.is_eager and sender.store_eager_result):
         _record(sender, task_id, states.STARTED)
     elif run is not None and not sender.track_started:
-        sender.app.backend._step(task_id, "", "", run, "begin", request=sender.request)
+        sender.app.backend._step(task_id, "", "", run, "begin", request=request)
 
 
 def _ended(sender: Task, task_id: str, state: str | None, retval: Any = None, **_: Any) -> None:
-    if state == states.SUCCESS and _ignored(sender):
+    request = sender.request
+    if state == states.SUCCESS and _ignored(sender, request):
         _record(sender, task_id, states.SUCCESS)
-    sender.request.celeriac_emitter = None  # which holds the request
-    run = getattr(sender.request, "celeriac_run", None)
-    if run is None or state is None:  # without a state it was cut off, and others say why
+    request.celeriac_emitter = None  # which holds the request
+    run = getattr(request, "celeriac_run", None)
+    if run is None or run.ended or state is None:  # without a state others say why it was cut off
         return
-    if state == states.IGNORED and not _goes_on(sender.request, retval):
-        sender.app.backend.end_ignored(run, task_id, sender.request)
+    if state == states.IGNORED and not _goes_on(request, retval):
+        sender.app.backend.end_ignored(run, task_id, request)
     sender.app.backend.end(run, task_id)
 
 
@@ -467,9 +469,9 @@ def _goes_on(request: Any, ignored: Any) -> bool:
     return marked or str(ignored) == "Replaced by new task"  # of a base class that is not ours
 
 
-def _ignored(task: Task) -> bool:
-    ignored: bool = get_actual_ignore_result(task, task.request)
-    return ignored and task.app in _reported and not task.request.called_directly
+def _ignored(task: Task, request: Any) -> bool:
+    ignored: bool = get_actual_ignore_result(task, request)
+    return ignored and task.app in _reported and not request.called_directly
 
 
 def _record(task: Task, task_id: str, state: str) -> None:

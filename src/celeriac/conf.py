@@ -6,7 +6,7 @@ from celery import Celery
 from celery.app.utils import Settings
 
 _names: dict[tuple[Any, ...], tuple[str, ...]] = {}  # of settings, new and old
-_parts: dict[tuple[str, str], tuple[str, ...]] = {}
+_keys: dict[tuple[str, str], str] = {}
 
 
 class Conf(Settings):  # type: ignore[misc]
@@ -27,10 +27,11 @@ class Conf(Settings):  # type: ignore[misc]
         return super().__getitem__(key)
 
     def find_value_for_key(self, name: str, namespace: str = "celery") -> Any:
-        parts = _parts.get((name, namespace))
-        if parts is None:
-            parts = _parts[name, namespace] = self.find_option(name, namespace)[:-1]
-        return self.get_by_parts(*parts)
+        key = _keys.get((name, namespace))
+        if key is None:
+            parts = self.find_option(name, namespace)[:-1]
+            key = _keys[name, namespace] = "_".join(filter(None, parts))
+        return self[key]
 
     def _learn(self, key: str) -> tuple[str, ...]:
         names = tuple(dict.fromkeys(self._to_keys(key)))

@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary, finalize, ref
 
@@ -84,17 +85,24 @@ class Record:
 
 def text_of(headers: Mapping[str, Any], owner: str, queue: str | None) -> str:
     """The record of a message, by its headers."""
-    record = {"task": headers.get("task"), "owner": owner, "queue": queue}
-    record["published"] = round(time.time(), 3)
-    if (expires := _seconds(headers.get("expires"))) is not None:
-        record["expires"] = expires
-    return json.dumps(record)
+    expires = _seconds(headers.get("expires"))
+    ends = "" if expires is None else f', "expires": {expires}'
+    named = _named(headers.get("task"), owner, queue)
+    return f'{named}, "published": {time.time():.3f}{ends}}}'
+
+
+@lru_cache(1024)
+def _named(task: str | None, owner: str, queue: str | None) -> str:
+    return json.dumps({"task": task, "owner": owner, "queue": queue})[:-1]
 
 
 def _seconds(moment: Any) -> float | None:
-    with suppress(TypeError, ValueError):
+    if moment is None:
+        return None
+    try:
         return datetime.fromisoformat(moment).timestamp()
-    return None
+    except (TypeError, ValueError):
+        return None
 
 
 def key_of(prefix: str, task_id: str) -> str:

@@ -190,14 +190,13 @@ def forget(client: redis.Redis, prefix: str, field: str) -> None:
     _FORGET.run(client, [key_of(prefix), _leases_of(key_of(prefix)) + "leases"], field)
 
 
-def begin(task: Task) -> Run | None:
-    """Give the request of `task`, which is about to start, its run; not written yet."""
-    request = task.request
+def begin(task: Task, request: Any) -> Run | None:
+    """Give the `request` of `task`, which is about to start, its run; not written yet."""
     runs = _keepers.get(task.app)
     if runs is None or request.called_directly or request.is_eager:
         return None
     token = f'"k":"{runs.holder}.{os.getpid()}.{next(_number)}"'
-    context = "" if task.acks_late else f',"x":{_context_of(task)}'
+    context = "" if task.acks_late else f',"x":{_context_of(task, request)}'
     record = f'"w":"{runs.holder}",{token},"t":{int(time.time())}{context}}}'
     run = request.celeriac_run = Run(field_of(request), token, record)
     return run
@@ -211,8 +210,8 @@ _KEPT = (
 )  # fmt: skip
 
 
-def _context_of(task: Task) -> str:
-    kept = {name: value for name in _KEPT if (value := task.request.get(name))}
+def _context_of(task: Task, request: Any) -> str:
+    kept = {name: value for name in _KEPT if (value := request.get(name))}
     text: str = dumps(kept | {"task": task.name})  # type: ignore[no-untyped-call]
     return text
 

@@ -65,6 +65,7 @@ class _Fallback:
 
 
 _fallback = _Fallback()
+_finders: list[Callable[[], Celery | None]] = []
 _chosen: ContextVar[Celery | None] = ContextVar("celeriac_app", default=None)
 
 
@@ -76,6 +77,7 @@ def adopt(
     lifespan: lifespans.Lifespan | None = None,
     lease: float = leases.SECONDS,
     max_deliveries: int = delivery.MAX_DELIVERIES,
+    task_context: task.TaskContext | None = None,
 ) -> App:
     """Make `app` known to celeriac and return it. Its tasks, workers and commands stay as they are.
 
@@ -92,9 +94,13 @@ def adopt(
     of one that dies are back in their queues that soon (with a Redis as the broker).
     `max_deliveries` is how often a task is started whose worker dies of it (needs a Redis as the
     result backend).
+    `task_context(task)` is a context manager that each task's body runs in, in whatever pool; where
+    a task is called directly its `request.called_directly` is true.
     """
     if not lease >= 1:
         raise ConfigurationError(f"lease: expected at least 1 second, got {lease!r}")
+    if task_context is not None:
+        app.celeriac_task_context = task_context
     _support_async_bodies(app)
     serialization.use()
     if not max_deliveries >= 1:
@@ -195,13 +201,14 @@ def create_celery(
     *,
     name: str = "celeriac",
     lifespan: lifespans.Lifespan | None = None,
+    task_context: task.TaskContext | None = None,
     **options: Any,
 ) -> App:
     """A Celery app made from `settings`, with defaults that lose nothing, adopted.
 
     `options` are Celery's own, by their lower-case names; `settings` win over them, and both over
-    the defaults. `lifespan` is `adopt`'s. Raises ConfigurationError for an option that Celery does
-    not have.
+    the defaults. `lifespan` and `task_context` are `adopt`'s. Raises ConfigurationError for an
+    option that Celery does not have.
     """
     for option in options:
         check_option(option, option)
@@ -220,6 +227,7 @@ def create_celery(
         lifespan=lifespan,
         lease=settings.worker_lease,
         max_deliveries=settings.max_deliveries,
+        task_context=task_context,
     )
     messages.limit(app, settings.max_message_size)
     _adopted[app] = settings
@@ -277,13 +285,16 @@ def _without_environment(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def current_app() -> Celery:
-    """The app chosen with `use_app` here, else the sole adopted one.
+    """The app chosen with `use_app` here, else that of Flask's context, else the sole adopted one.
 
     Raises NoAppError or AmbiguousAppError.
     """
     chosen = _chosen.get()
     if chosen is not None:
         return chosen
+    for find in _finders:
+        if (found := find()) is not None:
+            return found
     if len(_rivals()) > 1:
         gc.collect()  # an app that nobody holds any more lives on in its cycles
     match _rivals():
@@ -297,6 +308,11 @@ def current_app() -> Celery:
                 raise NoAppError
             _fallback.app = _fallback.factory()
         return _fallback.app
+
+
+def find_app_with(find: Callable[[], Celery | None]) -> None:
+    """Ask `find` for the app that is meant, as a framework knows what request is handled here."""
+    _finders.append(find)
 
 
 def _rivals() -> list[Celery]:

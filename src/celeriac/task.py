@@ -2,7 +2,8 @@
 
 import inspect
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -17,6 +18,8 @@ from celeriac.arguments import Arguments, arguments_of
 from celeriac.dependencies import needs_of
 from celeriac.handle import Handle
 from celeriac.inject import inject
+
+TaskContext = Callable[[celery.Task], AbstractContextManager[Any]]
 
 
 def is_async(task: celery.Task) -> bool:
@@ -50,6 +53,8 @@ def adopt_body(task: celery.Task) -> None:
             task.backend = _Backend(task.app)
     elif arguments is not None:
         body = _TypedBody(task, body)
+    if (context := getattr(task.app, "celeriac_task_context", None)) is not None:
+        body = _InContext(task, body, context)
     task.celeriac_adopted = True
     if body is not found:
         setattr(task, attribute, body)
@@ -104,6 +109,24 @@ class _AsyncBody:
         request.celeriac_running = True
         result = bridge.run_body(coroutine)
         return result if arguments is None else arguments.dump_result(result)
+
+
+class _InContext:
+    """A body inside what its application wants around it, as Flask's application context."""
+
+    def __init__(self, task: celery.Task, body: Callable[..., Any], context: TaskContext) -> None:
+        self._task, self._context = task, context
+        self.__wrapped__ = body
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self._context(self._task):
+            result = self.__wrapped__(*args, **kwargs)
+        return self._awaited(result) if inspect.iscoroutine(result) else result
+
+    async def _awaited(self, called: Coroutine[Any, Any, Any]) -> Any:
+        """Of an `async def` that is called directly."""
+        with self._context(self._task):
+            return await called
 
 
 class _TypedBody:

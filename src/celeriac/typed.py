@@ -11,6 +11,7 @@ from typing import (
     Generic,
     Literal,
     ParamSpec,
+    Protocol,
     TypeVar,
     cast,
     overload,
@@ -93,6 +94,22 @@ else:
 def typed(app: Celery) -> App:
     """The same object, seen with its types."""
     return cast(App, app)
+
+
+class TaskMaker(Protocol):
+    """A decorator that makes typed tasks."""
+
+    @overload
+    def __call__(self, body: Callable[P, R], /) -> TypedTask[P, R]: ...
+    @overload
+    def __call__(
+        self, *, bind: Literal[True], **options: Any
+    ) -> Callable[[Callable[Concatenate[Any, P], R]], TypedTask[P, R]]: ...
+    @overload
+    def __call__(
+        self, *, bind: Literal[False] = False, **options: Any
+    ) -> Callable[[Callable[P, R]], TypedTask[P, R]]: ...
+    def __call__(self, *args: Any, **options: Any) -> Any: ...
 
 
 @overload

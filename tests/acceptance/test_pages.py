@@ -25,13 +25,12 @@ from playwright.sync_api import (
 )
 from playwright.sync_api import Request as BrowserRequest
 
-import celeriac.fastapi
 from celeriac.status import Event, Status
+from celeriac.web import STATIC
 from support import missing
 from system import System
 
 CHROMIUM = Path("/usr/bin/chromium")
-STATIC = Path(celeriac.fastapi.__file__).parent / "static"
 QUIET = (
     "--disable-quic",
     "--no-first-run",

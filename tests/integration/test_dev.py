@@ -23,7 +23,7 @@ import pytest
 
 from celeriac.cli.dev import supervisor
 from celeriac.cli.dev.output import LONGEST_LINE, Console, Lines
-from celeriac.cli.dev.plan import Spec, extra_processes
+from celeriac.cli.dev.plan import Spec, extra_processes, read_project
 from celeriac.cli.dev.watchdog import Watchdog
 from celeriac.errors import ConfigurationError
 from support import Process, clean_environment, eventually, free_port, run_python
@@ -538,13 +538,19 @@ def test_a_failed_migration_is_told_in_one_line(tmp_path: Path) -> None:
         ),
         ("[tool.celeriac.dev.processes.web]\ncommand = 'true'", "the name web is taken"),
         ("[tool.celeriac.dev.processes]\nstub = 'true'", "processes.stub must be a table"),
+        ("[tool.celeriac.dev]\nweb = 1", "tool.celeriac.dev.web must be a string"),
+        (
+            "[tool.celeriac.dev]\nwebb = ''",
+            "unknown key tool.celeriac.dev.webb",
+        ),
+        ("[tool.celeriac.dev.env]\nA = 1", "tool.celeriac.dev.env.A must be a string"),
         ("[tool", "pyproject.toml is not TOML"),
     ],
 )
 def test_a_wrong_process_table_is_named(tmp_path: Path, table: str, named: str) -> None:
     (tmp_path / "pyproject.toml").write_text(table)
     with pytest.raises(ConfigurationError) as raised:
-        extra_processes(tmp_path, shift=0, taken=["web"])
+        extra_processes(read_project(tmp_path), shift=0, taken=["web"])
     assert named in str(raised.value)
 
 

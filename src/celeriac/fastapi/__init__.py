@@ -2,10 +2,13 @@
 
 from celeriac.fastapi.app import AppContextMiddleware, attach
 from celeriac.fastapi.idempotency import Idempotency, IdempotencyDep
-from celeriac.fastapi.origins import SameOriginMiddleware, same_origin
-from celeriac.fastapi.owners import PUBLIC, ReadTokens, owned_by, public
+from celeriac.fastapi.origins import SameOriginMiddleware
+from celeriac.fastapi.owners import owned_by, public
 from celeriac.fastapi.routes import status_router
-from celeriac.fastapi.views import ReaderDep, TaskId, TaskStatus, find_task, shown_error
+from celeriac.fastapi.views import ReaderDep, find_task
+from celeriac.web.origins import same_origin
+from celeriac.web.owners import PUBLIC, ReadTokens
+from celeriac.web.shown import TaskId, TaskStatus, shown_error
 
 __all__ = [
     "PUBLIC",

@@ -3,13 +3,10 @@
 from celery import Celery
 from fastapi import FastAPI, Request, status
 from fastapi.responses import JSONResponse
-from kombu.exceptions import OperationalError
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from celeriac.app import use_app
-from celeriac.errors import PublishError, ServiceError
+from celeriac.web.shown import AWAY, TRY_AGAIN, away
 
 
 def attach(app: FastAPI, celery: Celery) -> None:
@@ -20,21 +17,13 @@ def attach(app: FastAPI, celery: Celery) -> None:
     """
     app.celery = app.celery_app = celery  # type: ignore[attr-defined]
     app.add_middleware(AppContextMiddleware, celery=celery)
-    for error in (OperationalError, RedisConnectionError, RedisTimeoutError, ServiceError):
+    for error in AWAY:
         app.add_exception_handler(error, _unavailable)
 
 
 async def _unavailable(request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, PublishError):
-        outcome = "the task may have been" if error.maybe_accepted else "nothing was"
-        said = f"the task queue is away, {outcome} accepted"
-    else:
-        said = "the task queue is away"
-    return JSONResponse(
-        {"detail": f"{said}: try again later"},
-        status.HTTP_503_SERVICE_UNAVAILABLE,
-        headers={"Retry-After": "5"},
-    )
+    code = status.HTTP_503_SERVICE_UNAVAILABLE
+    return JSONResponse({"detail": away(error)}, code, headers=TRY_AGAIN)
 
 
 class AppContextMiddleware:

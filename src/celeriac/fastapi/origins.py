@@ -1,14 +1,13 @@
 """Which pages may make a browser speak to us in its user's name."""
 
 from collections.abc import Collection
-from urllib.parse import urlsplit
 
 from fastapi import status
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-_SAFE_METHODS = {"GET", "HEAD", "OPTIONS", "TRACE"}
+from celeriac.web.origins import REFUSED, SAFE_METHODS, same_origin
 
 
 class SameOriginMiddleware:
@@ -27,9 +26,9 @@ class SameOriginMiddleware:
         self._except = tuple(except_sockets)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] not in _SAFE_METHODS:
+        if scope["type"] == "http" and scope["method"] not in SAFE_METHODS:
             if not same_origin(Headers(scope=scope), self._origins):
-                response = JSONResponse({"detail": "this request comes from another site"}, 403)
+                response = JSONResponse({"detail": REFUSED}, 403)
                 await response(scope, receive, send)
                 return
         elif scope["type"] == "websocket" and not self._lets_in(scope):
@@ -41,26 +40,3 @@ class SameOriginMiddleware:
     def _lets_in(self, scope: Scope) -> bool:
         left = scope["path"].startswith(self._except)
         return left or same_origin(Headers(scope=scope), self._origins)
-
-
-def same_origin(headers: Headers, origins: Collection[str] = ()) -> bool:
-    """Whether the request may be our own page's. The scheme is not compared: a proxy ends TLS."""
-    origin = headers.get("origin")
-    if origin is None:
-        return headers.get("sec-fetch-site", "").lower() not in ("cross-site", "same-site")
-    if origin in origins:
-        return True
-    ours, theirs = _authority(f"http://{headers.get('host', '')}"), _authority(origin)
-    return theirs is not None and ours == theirs
-
-
-def _authority(origin: str) -> tuple[str, int | None] | None:
-    """Host and port, None for a scheme's own; None for what no page of ours can have."""
-    try:
-        parts = urlsplit(origin)
-        port = parts.port
-    except ValueError:
-        return None
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return None
-    return parts.hostname, None if port in (80, 443) else port

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncIterator, Collection
 from contextlib import aclosing, asynccontextmanager, suppress
-from pathlib import Path
 from typing import Annotated, Any
 
 from celery import Celery
@@ -28,18 +27,32 @@ from celeriac import dead
 from celeriac.app import watching_runs
 from celeriac.errors import DeadLetterError, ServiceError, UnknownTaskError
 from celeriac.fastapi import sockets
-from celeriac.fastapi.desk import Desk, matches, tag_of, tags_in
-from celeriac.fastapi.owners import PUBLIC, Access, Owner, OwnerPolicy, ReadTokens, checked
-from celeriac.fastapi.views import TaskId, TaskList, TaskStatus, described, shown
+from celeriac.fastapi.desk import Desk
+from celeriac.fastapi.owners import OwnerPolicy, checked
 from celeriac.status import Event, Status, drop_reader, reader_of
+from celeriac.web import STATIC
+from celeriac.web.owners import PUBLIC, Access, Owner, ReadTokens
+from celeriac.web.shown import (
+    LARGEST_NUMBER,
+    LONGEST_WAIT,
+    NO_DEAD_LETTER,
+    NOT_CANCELLED,
+    PAGE,
+    TO_ALL,
+    TRY_AGAIN,
+    TaskId,
+    TaskList,
+    TaskStatus,
+    described,
+    matches,
+    shown,
+    tag_of,
+    tags_in,
+)
 
 Events = AsyncIterator[Status | Event]
 
 _UNAVAILABLE = status.HTTP_503_SERVICE_UNAVAILABLE
-_LONGEST_WAIT = 60.0  # seconds of a long poll
-_STATIC = Path(__file__).parent / "static"
-# To any page, which a browser lets read what was asked for without a cookie.
-_TO_ALL = {"Access-Control-Allow-Origin": "*", "Access-Control-Expose-Headers": "ETag"}
 _ANSWERS = {
     204: "It has ended, and the end has been seen",
     304: "It is still as `If-None-Match` says",
@@ -90,14 +103,14 @@ def status_router(
     router = APIRouter(lifespan=lifespan, tags=["tasks"])
     Who = Annotated[Owner, Depends(owner)]  # noqa: N806
     # Documented without a null, which neither an address nor a header has.
-    Number = Annotated[int, Field(ge=0, le=2**53)] | SkipJsonSchema[None]  # noqa: N806
+    Number = Annotated[int, Field(ge=0, le=LARGEST_NUMBER)] | SkipJsonSchema[None]  # noqa: N806
     After = Annotated[Number, Query()]  # noqa: N806
 
     async def access(
         who: Who, response: Response, token: Annotated[str | None, Query(max_length=1000)] = None
     ) -> AsyncIterator[Access]:
         by_token = token is not None and tokens is not None
-        headers = _TO_ALL if by_token else {}
+        headers = TO_ALL if by_token else {}
         response.headers.update(headers)
         try:
             yield desk.access(who, token)
@@ -122,7 +135,7 @@ def status_router(
     async def get_task(
         task: Readable,
         response: Response,
-        wait: Annotated[float, Query(ge=0, le=_LONGEST_WAIT)] = 0,
+        wait: Annotated[float, Query(ge=0, le=LONGEST_WAIT)] = 0,
         if_none_match: Annotated[str | None, Header()] = None,
     ) -> TaskStatus:
         """The state now. With `wait`, in seconds: the one after `If-None-Match`, or the last."""
@@ -140,13 +153,13 @@ def status_router(
         @router.options("/tasks/{task_id}", include_in_schema=False)
         async def allow_if_none_match() -> Response:
             """A browser asks before a page of another origin may send that, as long polls do."""
-            headers = {**_TO_ALL, "Access-Control-Allow-Headers": "If-None-Match"}
+            headers = {**TO_ALL, "Access-Control-Allow-Headers": "If-None-Match"}
             return Response(status_code=status.HTTP_204_NO_CONTENT, headers=headers)
 
     @router.get("/tasks", response_model_exclude_none=True, responses=_answers(503))
     async def list_tasks(
         who: Who,
-        before: Annotated[str | None, Query(pattern=r"^[1-9][0-9]{0,18}-[0-9]{1,19}$")] = None,
+        before: Annotated[str | None, Query(pattern=PAGE)] = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
     ) -> TaskList:
         """The owner's recent tasks, the newest first."""
@@ -166,8 +179,7 @@ def status_router(
         try:
             return described(await desk.reader.cancel(task.task_id), errors=errors)
         except ServiceError as error:
-            detail = "it may run on, though it may be shown as ended: try again later"
-            raise HTTPException(_UNAVAILABLE, detail, {"Retry-After": "5"}) from error
+            raise HTTPException(_UNAVAILABLE, NOT_CANCELLED, TRY_AGAIN) from error
 
     @router.post(
         "/tasks/{task_id}/retry",
@@ -180,7 +192,7 @@ def status_router(
         try:
             task_id = await asyncio.to_thread(dead.send_anew, desk.celery, task.task_id)
         except DeadLetterError as error:
-            raise HTTPException(status.HTTP_409_CONFLICT, "it is no dead letter") from error
+            raise HTTPException(status.HTTP_409_CONFLICT, NO_DEAD_LETTER) from error
         return described(await desk.reader.snapshot(task_id), errors=errors)
 
     # A dependency ends with its request. A view that yields may be left where it waits to be read,
@@ -229,7 +241,7 @@ def status_router(
     @router.get("/celeriac/client.js", include_in_schema=False)
     async def client() -> FileResponse:
         """The browser's side of all this, an ES module."""
-        return FileResponse(_STATIC / "client.js", media_type="text/javascript", headers=_TO_ALL)
+        return FileResponse(STATIC / "client.js", media_type="text/javascript", headers=TO_ALL)
 
     return router
 

@@ -11,9 +11,9 @@ from starlette.websockets import WebSocketDisconnect
 
 from celeriac.errors import ServiceError, UnknownTaskError
 from celeriac.fastapi.desk import Desk
-from celeriac.fastapi.owners import Access
-from celeriac.fastapi.views import UNKNOWN, TaskId, shown
 from celeriac.race import until_first
+from celeriac.web.owners import Access
+from celeriac.web.shown import LARGEST_NUMBER, UNKNOWN, TaskId, shown
 
 _TRY_AGAIN_LATER = 1013
 _CODES = {404: 4404, 429: 4429}  # for HTTP's
@@ -85,7 +85,7 @@ class _Wish(BaseModel):
 
     follow: TaskId | None = None
     unfollow: TaskId | None = None
-    after: Annotated[int, Field(ge=0, le=2**53)] | None = None
+    after: Annotated[int, Field(ge=0, le=LARGEST_NUMBER)] | None = None
 
 
 class Many:

@@ -12,8 +12,8 @@ _PORT = click.IntRange(1, 65535)
 
 
 @click.command()
-@click.option("--app", default="main:app", show_default=True, help="The web application.")
-@click.option("--celery", default="main.celery", show_default=True, help="The Celery app.")
+@click.option("--app", help="The web application, an ASGI one.  [default: main:app]")
+@click.option("--celery", help="The Celery app.  [default: main.celery]")
 @click.option("--web/--no-web", default=True, help="Leave the web server out.")
 @click.option("--flower/--no-flower", default=True, help="Leave Flower out.")
 @click.option("--beat/--no-beat", default=True, help="Leave Celery beat out.")
@@ -33,13 +33,19 @@ def dev(**given: Any) -> None:
     """Start web, worker, beat, Flower and, where none is named, a Redis of its own.
 
     Run it in the project's folder. Ctrl-C ends everything; a changed Python file restarts web,
-    worker and beat. More processes: [tool.celeriac.dev.processes.NAME] in pyproject.toml with
-    command, port, env.
+    worker and beat. In pyproject.toml, [tool.celeriac.dev] may have app and celery; web, the
+    command of another web server, with {host} and {port}; env; and more processes, in
+    [tool.celeriac.dev.processes.NAME] with command, port, env.
     """
+    from celeriac.cli.dev.plan import read_project
     from celeriac.cli.dev.runner import run
 
+    with exit_on_error():
+        project = read_project(Path.cwd())
+    given["app"] = given["app"] or project.app
+    given["web_command"] = project.web
     # Celery's -A takes main:celery too; uvicorn takes nothing but main:app.
-    given["celery"] = given["celery"].replace(":", ".")
+    given["celery"] = (given["celery"] or project.celery).replace(":", ".")
     given["flower_port"] = given["flower_port"] or USUAL_FLOWER_PORT + given["port"] - USUAL_PORT
     with exit_on_error():
-        run(Options(**given))
+        run(Options(**given), project)

@@ -19,7 +19,9 @@ from celeriac.errors import ConfigurationError
 USUAL_PORT = 8010
 USUAL_FLOWER_PORT = 5557
 _RESERVED = ("web", "worker", "beat", "flower", "redis", "database", "celeriac")
-_TABLE = "tool.celeriac.dev.processes."
+_SECTION = "tool.celeriac.dev."
+_TABLE = f"{_SECTION}processes."
+_WEB = f"{_SECTION}web"
 _KINDS: dict[type, str] = {str: "a string", int: "a number", dict: "a table"}
 _REMEDIES = {"web": "choose another with --port", "flower": "choose another with --flower-port"}
 _OTHER_REMEDY = "choose another in pyproject.toml, or shift all with --port"
@@ -34,6 +36,7 @@ class Options:
     """The command's options; names as on the command line."""
 
     app: str
+    web_command: str
     celery: str
     web: bool
     flower: bool
@@ -44,6 +47,17 @@ class Options:
     port: int
     flower_port: int
     data: Path
+
+
+@dataclass(frozen=True)
+class Project:
+    """What pyproject.toml says in [tool.celeriac.dev]."""
+
+    app: str = "main:app"
+    celery: str = "main.celery"
+    web: str = ""  # a command, in the place of uvicorn's
+    env: Mapping[str, str] = field(default_factory=dict)
+    processes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,13 +101,14 @@ def url(host: str, port: int) -> str:
 
 def check(options: Options) -> None:
     """Raise ConfigurationError where the `dev` extra is missing or the options make no sense."""
-    if options.web and ":" not in options.app:
+    if options.web and not options.web_command and ":" not in options.app:
         raise ConfigurationError(f"--app must be module:attribute, got {options.app!r}")
     if "." not in options.celery:
         raise ConfigurationError(f"--celery must be module.attribute, got {options.celery!r}")
     if not (options.web or options.flower or options.beat or options.workers):
         raise ConfigurationError("nothing to start: give fewer --no-… options, or --workers 1")
-    wanted = {"uvicorn": options.web, "watchfiles": options.reload, "flower": options.flower}
+    uvicorn = options.web and not options.web_command
+    wanted = {"uvicorn": uvicorn, "watchfiles": options.reload, "flower": options.flower}
     missing = [name for name, needed in wanted.items() if needed and find_spec(name) is None]
     if missing:
         hint = ", or leave it out with --no-flower" if missing == ["flower"] else ""
@@ -140,14 +155,18 @@ def _flower(options: Options, celery: tuple[str, ...]) -> Spec:
 
 
 def _web(options: Options, colour: bool) -> Spec:
+    command: tuple[str, ...] = (
+        *(sys.executable, "-m", "uvicorn", options.app),
+        *("--host", options.host, "--port", str(options.port)),
+        *("--timeout-graceful-shutdown", str(_WEB_GRACE)),
+        "--use-colors" if colour else "--no-use-colors",
+    )
+    if options.web_command:
+        own = options.web_command.replace("{host}", options.host)
+        command = _words(own.replace("{port}", str(options.port)), _WEB)
     return Spec(
         name="web",
-        command=(
-            *(sys.executable, "-m", "uvicorn", options.app),
-            *("--host", options.host, "--port", str(options.port)),
-            *("--timeout-graceful-shutdown", str(_WEB_GRACE)),
-            "--use-colors" if colour else "--no-use-colors",
-        ),
+        command=command,
         host=options.host,
         port=options.port,
         http=True,
@@ -170,23 +189,36 @@ def _worker(name: str, node: str, celery: tuple[str, ...], alone: bool) -> Spec:
     )
 
 
-def extra_processes(
-    folder: Path, shift: int, taken: Collection[str]
-) -> tuple[list[Spec], dict[str, str]]:
-    """The processes that pyproject.toml adds, their ports moved by `shift`, and what they add to
-    everybody's environment. Raises ConfigurationError naming the wrong key.
-    """
+def read_project(folder: Path) -> Project:
+    """Raises ConfigurationError naming the wrong key."""
     try:
         content = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return [], {}
+        return Project()
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"pyproject.toml is not TOML: {error}") from None
     ours = _get(_get(content, "tool", dict), "celeriac", dict, "tool.")
     section = _get(ours, "dev", dict, "tool.celeriac.")
-    _refuse_unknown(section, ("processes",), "tool.celeriac.dev.")
-    tables = _get(section, "processes", dict, "tool.celeriac.dev.")
-    specs, variables = [], {}
+    _refuse_unknown(section, ("app", "celery", "web", "env", "processes"), _SECTION)
+    env = _get(section, "env", dict, _SECTION)
+    return Project(
+        _get(section, "app", str, _SECTION) or Project.app,
+        _get(section, "celery", str, _SECTION) or Project.celery,
+        _get(section, "web", str, _SECTION),
+        {name: _get(env, name, str, f"{_SECTION}env.") for name in env},
+        _get(section, "processes", dict, _SECTION),
+    )
+
+
+def extra_processes(
+    project: Project, shift: int, taken: Collection[str]
+) -> tuple[list[Spec], dict[str, str]]:
+    """The processes that the project adds, their ports moved by `shift`, and what they add to
+    everybody's environment. Raises ConfigurationError naming the wrong key.
+    """
+    tables = project.processes
+    specs: list[Spec] = []
+    variables = dict(project.env)
     for name in tables:
         table = _get(tables, name, dict, _TABLE)
         where = f"{_TABLE}{name}."

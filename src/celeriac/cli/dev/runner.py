@@ -15,7 +15,7 @@ from dotenv import dotenv_values
 
 from celeriac.cli.dev import plan, probe, servers
 from celeriac.cli.dev.output import Console, coloured
-from celeriac.cli.dev.plan import Options, Spec
+from celeriac.cli.dev.plan import Options, Project, Spec
 from celeriac.cli.dev.servers import KeptValkey
 from celeriac.cli.dev.supervisor import Service, Supervisor, cancel, describe_end
 from celeriac.cli.dev.watchdog import Watchdog
@@ -28,7 +28,7 @@ _SLOW_CHECK = 5.0
 _IGNORED_FOLDERS = {"__pycache__", "node_modules", "venv", "site-packages"}
 
 
-def run(options: Options) -> None:
+def run(options: Options, project: Project) -> None:
     """Run everything until a signal ends it. Raises CeleriacError where the start fails."""
     plan.check(options)
     # The environment wins.
@@ -36,7 +36,7 @@ def run(options: Options) -> None:
     user = {name: value for name, value in named.items() if value}
     specs = plan.services(options, colour=coloured(), alone=servers.needs_valkey(user))
     taken = [spec.name for spec in specs]
-    extras, variables = plan.extra_processes(Path.cwd(), options.port - plan.USUAL_PORT, taken)
+    extras, variables = plan.extra_processes(project, options.port - plan.USUAL_PORT, taken)
     if options.flower:
         variables.setdefault("FLOWER_URL", plan.url(options.host, options.flower_port))
     with _locked(options.data) as lock:
@@ -188,7 +188,7 @@ class Runner:
                 self._supervisor.watch(service.run())
 
     async def _check_application(self) -> None:
-        web = self._options.app if self._options.web else ""
+        web = self._options.app if self._options.web and not self._options.web_command else ""
         migrate = "migrate" if (self._folder / "alembic.ini").exists() else ""
         lines: list[str] = []
         command = (sys.executable, "-m", probe.__name__, web, self._options.celery, migrate)

@@ -144,8 +144,6 @@ class _Pending:
         self._session = session
         self._messages: list[_Message] = []
         self._committed: list[_Message] = []
-        for name in ("before_commit", "after_commit", "after_transaction_end"):
-            event.listen(session, name, getattr(self, f"_{name}"))
 
     def add(self, message: _Message) -> None:
         session = self._session
@@ -154,7 +152,7 @@ class _Pending:
             message.transaction = session.begin()
         self._messages.append(message)
 
-    def _before_commit(self, session: Session) -> None:
+    def before_commit(self, session: Session) -> None:
         here = session.get_nested_transaction() or session.get_transaction()
         for app in {each.app for each in self._messages}:
             outbox = outbox_of(app)
@@ -168,8 +166,9 @@ class _Pending:
             now = time.monotonic()  # before it takes whatever time
             for each, row in zip(new, outbox.insert(session, values), strict=True):
                 each.row, each.row_in, each.inserted = row, here, now
+                row.made = each.signature
 
-    def _after_commit(self, session: Session) -> None:
+    def after_commit(self, session: Session) -> None:
         nested = session.get_nested_transaction()
         if nested is None:
             self._committed, self._messages = self._messages, []
@@ -180,7 +179,7 @@ class _Pending:
             if each.row_in is nested:
                 each.row_in = nested.parent
 
-    def _after_transaction_end(self, session: Session, ended: SessionTransaction) -> None:
+    def after_transaction_end(self, ended: SessionTransaction) -> None:
         # What a commit has not handed on by now was rolled back.
         self._messages = [each for each in self._messages if each.transaction is not ended]
         for each in self._messages:
@@ -189,6 +188,25 @@ class _Pending:
         if ended.parent is None and self._committed:
             committed, self._committed = self._committed, []
             _wait_for(_send(committed))
+
+
+# For all sessions: to listen to each would cost more than all that follows.
+@event.listens_for(Session, "before_commit")
+def _before_commit(session: Session) -> None:
+    if (pending := session.info.get(_KEY)) is not None:
+        pending.before_commit(session)
+
+
+@event.listens_for(Session, "after_commit")
+def _after_commit(session: Session) -> None:
+    if (pending := session.info.get(_KEY)) is not None:
+        pending.after_commit(session)
+
+
+@event.listens_for(Session, "after_transaction_end")
+def _after_transaction_end(session: Session, ended: SessionTransaction) -> None:
+    if (pending := session.info.get(_KEY)) is not None:
+        pending.after_transaction_end(ended)
 
 
 def _wait_for(sending: Coroutine[Any, Any, None]) -> None:

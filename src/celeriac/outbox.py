@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from celery import Celery
+from celery.canvas import Signature
 from sqlalchemy import (
     CTE,
     BigInteger,
@@ -99,7 +100,7 @@ def drop_outbox(op: Any, name: str = TABLE) -> None:
     op.drop_table(name)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Row:
     """A message that waits in the outbox."""
 
@@ -107,6 +108,7 @@ class Row:
     task_id: str
     signature: str
     ordering_key: str | None
+    made: Signature | None = None  # what that is the text of, where it was made in this process
 
 
 class Outbox:

@@ -128,7 +128,7 @@ class _Sender:
 
     async def _send_one(self, row: Row, timeout: float) -> bool:
         try:
-            signature = _marked(row.signature, self._app)
+            signature = _marked(row, self._app)
             await publish.aapply_async(signature, publish_timeout=timeout)
         except PublishError as error:
             if not self._told:
@@ -239,11 +239,14 @@ class _Sender:
 _senders: Registry[_Sender] = Registry()
 
 
-def _marked(text: str, app: Celery) -> Signature:
+def _marked(row: Row, app: Celery) -> Signature:
     """The signature, with a token that is this sending's in each message of it."""
-    found = loads(text)  # type: ignore[no-untyped-call]
+    found, row.made = row.made, None  # another sending makes it anew
+    if found is None:
+        read = loads(row.signature)  # type: ignore[no-untyped-call]
+        found = Signature.from_dict(read, app=app)
     token = uuid()
     for task in tasks_in(found):
         options = task.setdefault("options", {})
         options["headers"] = (options.get("headers") or {}) | {ONCE: token}
-    return Signature.from_dict(found, app=app)
+    return found

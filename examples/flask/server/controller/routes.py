@@ -5,7 +5,7 @@ from typing import Any
 from flask import Blueprint, request
 from pydantic import BaseModel, ValidationError
 
-from celeriac.flask import find_task, shown_error
+from celeriac.flask import PUBLIC, find_task, shown_error
 from server.controller.tasks import long_task
 
 routes = Blueprint("routes", __name__)
@@ -33,7 +33,7 @@ def start_task() -> tuple[dict[str, Any], int]:
 @routes.get("/task/<task_id>")
 def task_state(task_id: str) -> dict[str, Any]:
     """404 if there is no such task; a task that failed is an answer like any other."""
-    task = find_task(task_id)
+    task = find_task(task_id, PUBLIC)
     answer: dict[str, Any] = {"task_id": task.task_id, "state": task.state}
     if task.state == "SUCCESS":
         answer["result"] = task.result

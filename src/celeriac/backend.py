@@ -197,9 +197,12 @@ class RedisBackend(celery.backends.redis.RedisBackend):  # type: ignore[misc]
         if run.begun and not run.ended:
             self._step(task_id, "", "", run, "end")
 
-    def end_ignored(self, run: runs.Run, task_id: str, request: Any) -> None:
-        """Tell of a run that ended with Ignore: Celery keeps the state as the body left it."""
-        if run.begun and not run.ended:
+    def end_ignored(self, run: runs.Run | None, task_id: str, request: Any) -> None:
+        """Tell of a run that ended with Ignore: Celery keeps the state as the body left it.
+
+        None is that of a task which was called where it runs.
+        """
+        if run is None or (run.begun and not run.ended):
             event = events.of_state(states.REVOKED, Ignore("it ended without a result"))
             self._step(task_id, "", states.REVOKED, run, "end", event, request)
 
@@ -456,11 +459,15 @@ def _ended(sender: Task, task_id: str, state: str | None, retval: Any = None, **
         _record(sender, task_id, states.SUCCESS)
     request.celeriac_emitter = None  # which holds the request
     run = getattr(request, "celeriac_run", None)
-    if run is None or run.ended or state is None:  # without a state others say why it was cut off
-        return
-    if state == states.IGNORED and not _goes_on(request, retval):
-        sender.app.backend.end_ignored(run, task_id, request)
-    sender.app.backend.end(run, task_id)
+    ignored = state == states.IGNORED and not _goes_on(request, retval)
+    if run is None:
+        followed = request.is_eager and sender.store_eager_result
+        if ignored and followed and isinstance(sender.app.backend, RedisBackend):
+            sender.app.backend.end_ignored(None, task_id, request)
+    elif not run.ended and state is not None:  # without one others say why it was cut off
+        if ignored:
+            sender.app.backend.end_ignored(run, task_id, request)
+        sender.app.backend.end(run, task_id)
 
 
 def _goes_on(request: Any, ignored: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from celery import Celery, chain, chord
-from celery.exceptions import TaskRevokedError
+from celery.exceptions import Ignore, TaskRevokedError
 
 from celeriac import adelay, adopt, records
 from celeriac.app import watching_runs
@@ -405,6 +405,19 @@ async def test_the_end_of_the_body_cuts_off_nothing_that_it_told(
         for turns in range(20):
             events = await web.follow(await web.send("leave_at_once", turns), after=0)
             assert [each.state for each in events] == ["STARTED", None, "SUCCESS"]
+
+
+async def test_an_eager_task_that_ends_with_ignore_has_ended(broker: str, valkey: Valkey) -> None:
+    async with side("celeriac", broker, valkey) as web:
+
+        @web.app.task(shared=False)
+        def skip() -> None:
+            raise Ignore
+
+        task_id = (await asyncio.to_thread(skip.apply)).id
+        events = await web.follow(task_id, after=0)
+        assert states(events) == ["STARTED", "REVOKED"]
+        assert (await web.reader.snapshot(task_id)).code == "Ignore"
 
 
 async def test_what_ends_with_ignore_ends_for_those_who_follow(

@@ -44,11 +44,12 @@ from support import (
     empty_redis,
     eventually,
     free_port,
+    given,
     is_free,
     python,
     run_python,
 )
-from workers import APPS, Worker
+from workers import APPS, BROKERS, Worker
 
 OUTAGE = 30.0 if CI else 3.0  # seconds
 
@@ -420,21 +421,31 @@ class Outer:
 
 
 @contextmanager
-def outer(redis: str, database_url: str, **env: str) -> Iterator[Outer]:
+def outer(redis: str, database_url: str, *, broker: str = "", **env: str) -> Iterator[Outer]:
+    broker = broker or redis
     database = Database(database_url)
     metadata.create_all(database.engine)
-    env = {"BROKER": redis, "BACKEND": redis, "DATABASE_URL": database_url} | env
-    with Worker("outbox_app", "celeriac", redis, redis, DATABASE_URL=database_url) as worker:
+    env = {"BROKER": broker, "BACKEND": redis, "DATABASE_URL": database_url} | env
+    with Worker("outbox_app", "celeriac", broker, redis, DATABASE_URL=database_url) as worker:
         made = Outer(worker, database_url, env | {"QUEUE": worker.queue})
         yield made
         made.database.dispose()
     database.dispose()
 
 
+@pytest.fixture(params=BROKERS)
+def servers(request: pytest.FixtureRequest, valkey: Valkey) -> tuple[str, str]:
+    """The result backend, and the broker."""
+    backend = valkey.celery_url if request.param == "embedded" else given("TEST_REDIS_URL")
+    empty_redis(backend)
+    return backend, given("TEST_AMQP_URL") if request.param == "rabbitmq" else backend
+
+
 def test_what_killed_processes_left_is_sent_by_a_relay_and_runs_once(
-    redis_server: str, database_url: str
+    servers: tuple[str, str], database_url: str
 ) -> None:
-    with outer(redis_server, database_url) as room, room.relay() as relay:
+    redis, broker = servers
+    with outer(redis, database_url, broker=broker) as room, room.relay() as relay:
         published = [*room.commit("100", "die"), *room.commit("2")]
         eventually(lambda: len(room.runs()) >= 102 and not room.left(), timeout=30)
         assert sorted(room.runs()) == sorted(published)
@@ -513,14 +524,17 @@ async def test_no_row_gets_the_number_of_one_that_was_removed(room: Room) -> Non
 
 
 @pytest.mark.parametrize("path", ["/orders", "/sync-orders"])
-async def test_the_row_is_always_found(path: str, redis_server: str, database_url: str) -> None:
-    with outer(redis_server, database_url) as room, room.web() as url:
+async def test_the_row_is_always_found(
+    path: str, servers: tuple[str, str], database_url: str
+) -> None:
+    redis, broker = servers
+    with outer(redis, database_url, broker=broker) as room, room.web() as url:
         async with httpx.AsyncClient(base_url=url, timeout=30) as client:
-            for _ in range(50):
+            for _ in range(100):
                 answers = await asyncio.gather(*(client.post(path) for _ in range(20)))
                 assert {each.status_code for each in answers} == {200}
         await asyncio.to_thread(eventually, room.all_shipped, 30)
-        assert len(room.orders()) == 1000
+        assert len(room.orders()) == 2000
 
 
 @pytest.mark.parametrize("path", ["/orders", "/sync-orders"])

@@ -320,7 +320,9 @@ class Runs:
         None where it is not any more what it was.
         """
         task_id, _, _ = record.field.rsplit(":", 2)
-        changed = json.dumps(json.loads(record.raw) | changes) if changes else ""
+        # Without a space, as its token is looked for: the run may live on, and end.
+        new = json.loads(record.raw) | changes
+        changed = json.dumps(new, separators=(",", ":")) if changes else ""
         backend = self._app.backend
         value = event = ""
         if state:

@@ -29,7 +29,7 @@ from celeriac.feed import Feed
 from celeriac.follower import BUFFER, Follower
 from celeriac.state import TERMINAL, Event, Known, States, Status
 
-__all__ = ["TERMINAL", "Event", "Reader", "Status", "drop_reader", "reader_of"]
+__all__ = ["TERMINAL", "Event", "Reader", "Status", "reader_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class Reader:
     async def __aexit__(self, *_: object) -> None:
         self._users -= 1
         if self._users == 0:
+            _drop(self, self._app)
             await self.aclose()
 
     async def aclose(self) -> None:
@@ -405,10 +406,16 @@ _readers: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[Celery, Reader]] = W
 
 
 def reader_of(app: Celery) -> Reader:
-    """The one reader of `app`'s tasks in the running event loop."""
+    """The one reader of `app`'s tasks in the running event loop, for as long as it is used."""
     readers = _readers.setdefault(asyncio.get_running_loop(), {})
     return readers.setdefault(app, Reader(app))
 
 
-def drop_reader(app: Celery) -> None:
-    _readers.get(asyncio.get_running_loop(), {}).pop(app, None)
+def _drop(reader: Reader, app: Celery) -> None:
+    """Forget one that nobody uses: it holds its app and its loop, for ever if that is closed."""
+    running = asyncio.get_running_loop()
+    readers = _readers.get(running, {})
+    if readers.get(app) is reader:
+        del readers[app]
+    if not readers:
+        _readers.pop(running, None)

@@ -94,6 +94,27 @@ def test_what_a_killed_worker_had_not_acknowledged_waits_again_and_runs(
             eventually(lambda: not second.notes.exists("celeriac:runs"))
 
 
+def test_a_worker_that_was_given_up_and_lives_on_ends_what_it_runs(
+    pool: str, broker: str, valkey: Valkey
+) -> None:
+    """Nobody else has begun it meanwhile: its end counts, and it does not run again."""
+    with (
+        worker(broker, valkey, pool, **LATE) as first,
+        worker(broker, valkey, pool, "-Q", "none", **LATE) as second,
+    ):
+        second.wait_until_ready()
+        sent = first.send("wait", 3)
+        first.noted("wait-started")
+        eventually(lambda: sent.state == "STARTED")
+        first.process.signal(signal.SIGSTOP)
+        second.process.wait_for("lost its process and waits again", LEASE + 8)
+        assert sent.state == "PENDING"
+        first.process.signal(signal.SIGCONT)
+        assert sent.get(timeout=20) == "waited"
+        eventually(lambda: not second.notes.exists("celeriac:runs"))
+        assert first.notes.llen("note:wait-started") == 0
+
+
 def test_a_task_that_kills_its_worker_is_started_three_times_and_costs_no_other(
     pool: str, broker: str, valkey: Valkey
 ) -> None:

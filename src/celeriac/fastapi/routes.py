@@ -29,7 +29,7 @@ from celeriac.errors import DeadLetterError, ServiceError, UnknownTaskError
 from celeriac.fastapi import sockets
 from celeriac.fastapi.desk import Desk
 from celeriac.fastapi.owners import OwnerPolicy, checked
-from celeriac.status import Event, Status, drop_reader, reader_of
+from celeriac.status import Event, Status, reader_of
 from celeriac.web import STATIC
 from celeriac.web.owners import PUBLIC, Access, Owner, ReadTokens
 from celeriac.web.shown import (
@@ -97,7 +97,6 @@ def status_router(
             async with reader_of(celery), desk.stopping.watched():
                 yield
         finally:
-            drop_reader(celery)
             await asyncio.to_thread(watching.__exit__, None, None, None)
 
     router = APIRouter(lifespan=lifespan, tags=["tasks"])

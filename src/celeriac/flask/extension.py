@@ -10,7 +10,7 @@ from flask import Flask, Response, current_app, g, has_app_context, jsonify
 from celeriac import records
 from celeriac.app import create_celery, find_app_with
 from celeriac.app import current_app as current_celery
-from celeriac.errors import ConfigurationError, NoAppError
+from celeriac.errors import ConfigurationError
 from celeriac.flask.config import settings_from
 from celeriac.flask.owners import OwnerPolicy, checked
 from celeriac.flask.streams import Streams
@@ -36,6 +36,7 @@ class Celeriac:
 
     def __init__(self, app: Flask | None = None, *, owner: OwnerPolicy | None = None) -> None:
         """`app` and `owner` as in `init_app`."""
+        self._given = False
         if app is not None:
             self.init_app(app, owner=owner)
 
@@ -53,6 +54,7 @@ class Celeriac:
         celery = create_celery(
             settings, name=app.import_name, task_context=_context_of(app), **options
         )
+        self._given = True
         app.extensions[_KEY] = _Place(celery)
         app.extensions["celery"] = celery  # where Flask's own documentation has it
         for error in AWAY:
@@ -66,10 +68,9 @@ class Celeriac:
 
         Raises ConfigurationError where there is none yet, and AmbiguousAppError.
         """
-        try:
-            return typed(current_celery())
-        except NoAppError:
-            raise ConfigurationError("Celeriac: call init_app(app) first") from None
+        if not self._given:
+            raise ConfigurationError("Celeriac: call init_app(app) first")
+        return typed(current_celery())
 
     @staticmethod
     def stop(app: Flask) -> None:

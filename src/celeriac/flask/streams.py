@@ -20,7 +20,7 @@ from celeriac import bridge
 from celeriac.app import watching_runs
 from celeriac.errors import ServiceError, UnknownTaskError
 from celeriac.registry import Registry
-from celeriac.status import Event, Reader, Status, drop_reader, reader_of
+from celeriac.status import Event, Reader, Status, reader_of
 from celeriac.web import telling
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,6 @@ class _Kept:
         if self._opening is not None:
             await asyncio.wait([self._opening])
         await self._open.aclose()
-        drop_reader(self._celery)
 
 
 _kept: Registry[_Kept] = Registry()
@@ -125,6 +124,8 @@ class Streams:
 
     def told(self, task_id: str, after: int | None) -> Generator[Status | Event | None]:
         """What happens to a task; None when nothing did for a while."""
+        if self._stopped:
+            return
         loop = bridge.loop()
         taken: Future[Any] = Future()
         queue: asyncio.Queue[Status | Event | None] = asyncio.Queue(1)

@@ -15,7 +15,7 @@ from celery import Celery
 from flask import Flask, current_app, g, request
 from flask_sqlalchemy import SQLAlchemy
 from redis import Redis
-from sqlalchemy import Integer, String
+from sqlalchemy import Integer, String, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from celeriac import ConfigurationError, bridge
@@ -27,7 +27,7 @@ from celeriac.flask import Celeriac, ReadTokens, find_task, public, status_bluep
 from celeriac.outbox import outbox_table, use_outbox
 from celeriac.store import redis_url
 from celeriac.web.owners import Owner
-from support import close_results, empty_redis
+from support import close_results, empty_redis, eventually
 from workers import POOLS, Worker
 
 GREETED = ["hello True", "hello", "True"]
@@ -393,7 +393,12 @@ def test_what_a_flask_sqlalchemy_session_commits_is_sent(redis_server: str, tmp_
             db.session.commit()
         return {"task_id": sent.id}
 
-    outbox_table(Base.metadata)
+    outbox = outbox_table(Base.metadata)
+
+    def is_empty() -> bool:
+        with site.app.app_context():
+            return not db.session.scalars(select(outbox.c.id)).all()
+
     with site.app.app_context():
         db.create_all()
     site.app.testing = False
@@ -408,6 +413,7 @@ def test_what_a_flask_sqlalchemy_session_commits_is_sent(redis_server: str, tmp_
         assert site.get(f"/tasks/{undone}", "ada").status_code == 404
         assert site.send("POST", "/notes/fail", "ada").status_code == 500
         assert waiting(redis_server, "celery") == [sent]
+    eventually(is_empty)  # what was sent is removed in the background
     bridge.run(database.adispose())
     with site.app.app_context():
         db.engine.dispose()

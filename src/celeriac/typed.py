@@ -71,57 +71,38 @@ if TYPE_CHECKING:
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: Any) -> None: ...
 
-    class App(Celery):  # type: ignore[misc]
-        """A Celery app whose tasks are typed."""
+    class TaskMaker(Protocol):
+        """A decorator that makes typed tasks."""
 
         @overload
-        def task(self, body: Callable[P, R], /) -> TypedTask[P, R]: ...
+        def __call__(self, body: Callable[P, R], /) -> TypedTask[P, R]: ...
         @overload
-        def task(
+        def __call__(
             self, *, bind: Literal[True], **options: Any
         ) -> Callable[[Callable[Concatenate[Any, P], R]], TypedTask[P, R]]: ...
         @overload
-        def task(
+        def __call__(
             self, *, bind: Literal[False] = False, **options: Any
         ) -> Callable[[Callable[P, R]], TypedTask[P, R]]: ...
-        def task(self, *args: Any, **options: Any) -> Any: ...
+        def __call__(self, *args: Any, **options: Any) -> Any: ...
+
+    class App(Celery):  # type: ignore[misc]
+        """A Celery app whose tasks are typed."""
+
+        task: TaskMaker
+
+    shared_task: TaskMaker
 
 else:
     App = Celery
+    TaskMaker = Callable
     TypedTask = celery.Task
+
+    def shared_task(*args: Any, **options: Any) -> Any:
+        """`celery.shared_task`, typed: a wrong argument of `delay` or `adelay` is an error."""
+        return celery.shared_task(*args, **options)
 
 
 def typed(app: Celery) -> App:
     """The same object, seen with its types."""
     return cast(App, app)
-
-
-class TaskMaker(Protocol):
-    """A decorator that makes typed tasks."""
-
-    @overload
-    def __call__(self, body: Callable[P, R], /) -> TypedTask[P, R]: ...
-    @overload
-    def __call__(
-        self, *, bind: Literal[True], **options: Any
-    ) -> Callable[[Callable[Concatenate[Any, P], R]], TypedTask[P, R]]: ...
-    @overload
-    def __call__(
-        self, *, bind: Literal[False] = False, **options: Any
-    ) -> Callable[[Callable[P, R]], TypedTask[P, R]]: ...
-    def __call__(self, *args: Any, **options: Any) -> Any: ...
-
-
-@overload
-def shared_task(body: Callable[P, R], /) -> TypedTask[P, R]: ...
-@overload
-def shared_task(
-    *, bind: Literal[True], **options: Any
-) -> Callable[[Callable[Concatenate[Any, P], R]], TypedTask[P, R]]: ...
-@overload
-def shared_task(
-    *, bind: Literal[False] = False, **options: Any
-) -> Callable[[Callable[P, R]], TypedTask[P, R]]: ...
-def shared_task(*args: Any, **options: Any) -> Any:
-    """`celery.shared_task`, typed: a wrong argument of `delay` or `adelay` is an error."""
-    return celery.shared_task(*args, **options)

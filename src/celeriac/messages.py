@@ -25,7 +25,7 @@ MALFORMED = (
     ValueError,
 )  # fmt: skip
 
-_TEXTS = ("root_id", "parent_id", "group", "shadow")
+_TEXTS = ("root_id", "parent_id", "group", "shadow", "celeriac_owner", "celeriac_once")
 _COUNTS = ("retries", "replaced_task_nesting", "group_index")
 _FOLLOWS = ("callbacks", "errbacks", "chain")
 

@@ -55,6 +55,7 @@ def test_what_celery_sends_is_believed() -> None:
     [
         {"id": None}, {"id": 5}, {"id": ["a"]}, {"id": ""}, {"id": "x" * 256}, {"id": "a\nb"},
         {"task": ["any"]}, {"task": None}, {"root_id": 5}, {"group": {}}, {"shadow": ["x"]},
+        {"celeriac_owner": ["ada"]}, {"celeriac_once": 5},
         {"retries": "1"}, {"retries": -1}, {"retries": True}, {"retries": 2**31},
         {"replaced_task_nesting": 0.5}, {"timelimit": "soon"}, {"timelimit": [1]},
         {"timelimit": [1, "x"]}, {"timelimit": [float("nan"), None]},

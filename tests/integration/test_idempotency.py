@@ -2,7 +2,8 @@
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,17 +68,21 @@ class Publishing:
 
 @pytest.mark.parametrize("written", [True, False])
 @pytest.mark.parametrize(
-    "error",
+    "fail",  # makes the error: one that was raised holds the app of its test
     [
-        asyncio.CancelledError(),  # the server stops, or a middleware heard that the client left
-        PublishError("silent", maybe_accepted=True),
-        PublishError("refused"),
+        asyncio.CancelledError,  # the server stops, or a middleware heard that the client left
+        partial(PublishError, "silent", maybe_accepted=True),
+        partial(PublishError, "refused"),
     ],
     ids=["cancelled", "unsure", "refused"],
 )
 async def test_the_next_request_sends_the_same_task_if_none_was_sent(
-    celery: Celery, monkeypatch: pytest.MonkeyPatch, error: BaseException, written: bool
+    celery: Celery,
+    monkeypatch: pytest.MonkeyPatch,
+    fail: Callable[[], BaseException],
+    written: bool,
 ) -> None:
+    error = fail()
     publishing = Publishing(error, written=written)
     monkeypatch.setattr("celeriac.publish.aapply_async", publishing)
     with pytest.raises(type(error)):

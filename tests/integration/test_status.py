@@ -6,6 +6,7 @@ import json
 import random
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -22,7 +23,7 @@ from celeriac import ConfigurationError, adelay, adopt, records
 from celeriac.embedded import Valkey
 from celeriac.errors import PoisonError, PublishError, ServiceError, UnknownTaskError
 from celeriac.events import of_own, of_state
-from celeriac.status import Event, Reader, Status
+from celeriac.status import Event, Reader, Status, reader_of
 from celeriac.store import redis_url, status_connection
 from support import close_results, eventually, free_port
 
@@ -90,6 +91,23 @@ async def test_the_present_state_comes_first_then_every_change_to_the_last(app: 
             {"task_id": "a", "id": 3, "state": "RETRY"} | error,
             {"task_id": "a", "id": 4, "state": "SUCCESS", "result": [1, 2]},
         ]
+
+
+def test_who_has_read_in_a_loop_that_is_over_holds_no_app(valkey: Valkey) -> None:
+    """As a script does that asks with `asyncio.run`, again and again."""
+    app = Celery("over", backend=valkey.celery_url, set_as_current=False)
+    adopt(app)
+
+    async def ask(app: Celery) -> None:
+        with pytest.raises(UnknownTaskError):
+            await reader_of(app).snapshot("nobody's")
+
+    asyncio.run(ask(app))
+    close_results(app.backend)
+    gone = weakref.ref(app)
+    del app
+    gc.collect()
+    assert gone() is None
 
 
 async def test_whoever_comes_after_the_end_gets_the_end(app: Celery) -> None:

@@ -4,7 +4,8 @@ import asyncio
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -131,21 +132,21 @@ async def test_a_server_that_stops_ends_what_waits(
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("make", "said"),  # the error: one that was raised holds the app of its test
     [
-        (ServiceError("redis.internal is away"), "may run on"),
-        (PublishError("silent", maybe_accepted=True), "may have been accepted"),
-        (PublishError("refused"), "nothing was accepted"),
+        (partial(ServiceError, "redis.internal is away"), "may run on"),
+        (partial(PublishError, "silent", maybe_accepted=True), "may have been accepted"),
+        (partial(PublishError, "refused"), "nothing was accepted"),
     ],
 )
 async def test_what_may_have_been_done_is_not_said_to_have_failed(
-    celery: Celery, monkeypatch: pytest.MonkeyPatch, error: ServiceError, said: str
+    celery: Celery, monkeypatch: pytest.MonkeyPatch, make: Callable[[], ServiceError], said: str
 ) -> None:
     async def fail(*_: object, **__: object) -> None:
-        raise error
+        raise make()
 
     async with serve(celery, owner=public) as web:
-        if isinstance(error, PublishError):
+        if isinstance(make(), PublishError):
             monkeypatch.setattr("celeriac.publish.aapply_async", fail)
             answer = await web.http.post("/work")
         else:

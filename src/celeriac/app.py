@@ -285,7 +285,7 @@ def _without_environment(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def current_app() -> Celery:
-    """The app chosen with `use_app` here, else that of Flask's context, else the sole adopted one.
+    """The app chosen with `use_app` here, else that of a framework's context, else the sole one.
 
     Raises NoAppError or AmbiguousAppError.
     """

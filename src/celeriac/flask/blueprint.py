@@ -19,7 +19,7 @@ from celeriac import dead
 from celeriac.errors import DeadLetterError, ServiceError, UnknownTaskError
 from celeriac.flask.extension import place_of
 from celeriac.flask.owners import OwnerPolicy, checked
-from celeriac.flask.streams import Streams
+from celeriac.flask.reads import Reads
 from celeriac.status import Event, Status
 from celeriac.web import STATIC, telling
 from celeriac.web.origins import REFUSED, SAFE_METHODS, same_origin
@@ -101,7 +101,7 @@ def status_blueprint(
         before, limit = _query("before", _BEFORE), _query("limit", _LIMIT) or 20
         if who is PUBLIC:
             return _answer(TaskList(tasks=[]))  # nobody's are listed
-        found, following = _streams().call(lambda reader: reader.recent(str(who), limit, before))
+        found, following = _reads().call(lambda reader: reader.recent(str(who), limit, before))
         tasks = [described(each, errors=errors) for each in found]
         return _answer(TaskList(tasks=tasks, next=following))
 
@@ -110,7 +110,7 @@ def status_blueprint(
         """Cancel: what waits never starts, what runs is told to stop."""
         task = desk.find(task_id, desk.access())
         try:
-            task = _streams().call(lambda reader: reader.cancel(task.task_id))
+            task = _reads().call(lambda reader: reader.cancel(task.task_id))
         except UnknownTaskError:
             _refuse(404, UNKNOWN)
         except ServiceError:
@@ -125,7 +125,7 @@ def status_blueprint(
             new = dead.send_anew(place_of(current_app).celery, task.task_id)
         except DeadLetterError:
             _refuse(409, NO_DEAD_LETTER)
-        sent = _streams().call(lambda reader: reader.snapshot(new))
+        sent = _reads().call(lambda reader: reader.snapshot(new))
         return _answer(described(sent, errors=errors), 202)
 
     @blueprint.get("/tasks/<task_id>/events")
@@ -140,7 +140,7 @@ def status_blueprint(
         if task.terminal and task.id is not None and after is not None and after >= task.id:
             return desk.open_to(access, Response(status=204))  # ends an EventSource for good
         done = desk.count(access)
-        told = _streams().told(task.task_id, after)
+        told = _reads().told(task.task_id, after)
         stream = Response(map(text, told), mimetype="text/event-stream")
         stream.call_on_close(told.close)
         stream.call_on_close(done)
@@ -180,7 +180,7 @@ def _find(task_id: str, allows: Callable[[Status], bool], headers: Mapping[str, 
     task_id = _valid(_TASK_ID, task_id, "path", "task_id")
     found: Status | None = None
     with suppress(UnknownTaskError):
-        found = _streams().call(lambda reader: reader.snapshot(task_id))
+        found = _reads().call(lambda reader: reader.snapshot(task_id))
     if found is None or not allows(found):
         _refuse(404, UNKNOWN, headers)
     return found
@@ -213,13 +213,12 @@ class _Desk:
         return _find(task_id, allows, TO_ALL if access.by_token else {})
 
     def hinted(self, task: Status) -> Status:
-        return _streams().call(lambda reader: reader.with_hint(task))
+        return _reads().call(lambda reader: reader.with_hint(task))
 
     def wait(self, task: Status, access: Access, seconds: float, seen: Collection[str]) -> Status:
-        streams = _streams()
         done = self.count(access)
         try:
-            waited = streams.wait(
+            waited = _reads().wait(
                 lambda reader: telling.wait(reader, task, asyncio.timeout(seconds), seen)
             )
         finally:
@@ -231,14 +230,14 @@ class _Desk:
         who: Hashable = access
         if access.owner in ("", PUBLIC) and not access.by_token:
             who = request.remote_addr
-        done = _streams().count(who, self._most)
+        done = _reads().count(who, self._most)
         if done is None:
             _refuse(429, too_many(self._most), TO_ALL if access.by_token else {})
         return done
 
 
-def _streams() -> Streams:
-    return place_of(current_app).streams
+def _reads() -> Reads:
+    return place_of(current_app).reads
 
 
 def _as_text(event: Status | Event | None, *, errors: bool) -> str:

@@ -13,7 +13,7 @@ from celeriac.app import current_app as current_celery
 from celeriac.errors import ConfigurationError
 from celeriac.flask.config import settings_from
 from celeriac.flask.owners import OwnerPolicy, checked
-from celeriac.flask.streams import Streams
+from celeriac.flask.reads import Reads
 from celeriac.typed import App, TaskMaker, shared_task, typed
 from celeriac.web.owners import publisher
 from celeriac.web.shown import AWAY, TRY_AGAIN, away
@@ -75,7 +75,7 @@ class Celeriac:
     @staticmethod
     def stop(app: Flask) -> None:
         """End the streams and the long polls of `app`: a server that stops waits for them."""
-        place_of(app).streams.stop()
+        place_of(app).reads.stop()
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # asked for by whoever inspects it
@@ -88,7 +88,7 @@ class _Place:
 
     def __init__(self, celery: App) -> None:
         self.celery = celery
-        self.streams = Streams(celery)
+        self.reads = Reads(celery)
 
 
 def place_of(app: Flask) -> _Place:

@@ -62,7 +62,7 @@ class _Kept:
 _kept: Registry[_Kept] = Registry()
 
 
-class Streams:
+class Reads:
     """Of one application."""
 
     def __init__(self, celery: Celery) -> None:

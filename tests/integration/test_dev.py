@@ -554,6 +554,12 @@ def test_a_wrong_process_table_is_named(tmp_path: Path, table: str, named: str) 
     assert named in str(raised.value)
 
 
+def test_an_app_that_is_named_wins_over_the_projects_own_server(tmp_path: Path) -> None:
+    table = "[tool.celeriac.dev]\nweb = 'true'"
+    (write_project(tmp_path) / "pyproject.toml").write_text(table)
+    assert "there is no module nowhere" in refusal(tmp_path, "--app", "nowhere:app")
+
+
 def test_a_misspelt_process_table_stops_the_start(tmp_path: Path) -> None:
     table = "[tool.celeriac.dev.processes.stub]\ncmd = 'true'"
     (write_project(tmp_path) / "pyproject.toml").write_text(table)

@@ -42,8 +42,8 @@ def dev(**given: Any) -> None:
 
     with exit_on_error():
         project = read_project(Path.cwd())
+    given["web_command"] = "" if given["app"] else project.web
     given["app"] = given["app"] or project.app
-    given["web_command"] = project.web
     # Celery's -A takes main:celery too; uvicorn takes nothing but main:app.
     given["celery"] = (given["celery"] or project.celery).replace(":", ".")
     given["flower_port"] = given["flower_port"] or USUAL_FLOWER_PORT + given["port"] - USUAL_PORT

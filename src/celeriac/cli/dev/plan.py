@@ -155,15 +155,17 @@ def _flower(options: Options, celery: tuple[str, ...]) -> Spec:
 
 
 def _web(options: Options, colour: bool) -> Spec:
-    command: tuple[str, ...] = (
-        *(sys.executable, "-m", "uvicorn", options.app),
-        *("--host", options.host, "--port", str(options.port)),
-        *("--timeout-graceful-shutdown", str(_WEB_GRACE)),
-        "--use-colors" if colour else "--no-use-colors",
-    )
+    command: tuple[str, ...]
     if options.web_command:
         own = options.web_command.replace("{host}", options.host)
-        command = _words(own.replace("{port}", str(options.port)), _WEB)
+        command = _words(_with_port(own, options.port, _WEB), _WEB)
+    else:
+        command = (
+            *(sys.executable, "-m", "uvicorn", options.app),
+            *("--host", options.host, "--port", str(options.port)),
+            *("--timeout-graceful-shutdown", str(_WEB_GRACE)),
+            "--use-colors" if colour else "--no-use-colors",
+        )
     return Spec(
         name="web",
         command=command,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from celeriac.cli.apps import app_option, load
 from celeriac.errors import CeleriacError, DeadLetterError, ServiceError, exit_on_error
 
 if TYPE_CHECKING:
@@ -22,12 +23,6 @@ _SHOWN = 10_000  # of a body that is no JSON
 @click.group()
 def dead() -> None:
     """Dead letters: list them, look at one, send them again, or discard them."""
-
-
-def _with_app(command: Callable[..., Any]) -> Callable[..., Any]:
-    return click.option(
-        "-A", "--celery", "path", default="main.celery", show_default=True, help="The Celery app."
-    )(command)
 
 
 def _with_filters(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -48,7 +43,6 @@ def _opened(path: str) -> "Iterator[tuple[Celery, Letters]]":
     from kombu.exceptions import OperationalError
     from redis.exceptions import RedisError
 
-    from celeriac.cli.apps import load
     from celeriac.dead import letters
 
     with exit_on_error():
@@ -61,7 +55,7 @@ def _opened(path: str) -> "Iterator[tuple[Celery, Letters]]":
 
 
 @dead.command("list")
-@_with_app
+@app_option
 @_with_filters
 @click.option("--limit", default=100, show_default=True, type=click.IntRange(1), help="At most.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object for each, on a line.")
@@ -105,7 +99,7 @@ def _safe(text: str, *, lines: bool = False) -> str:
 
 
 @dead.command("show")
-@_with_app
+@app_option
 @click.argument("letter_id", metavar="ID")
 def show(path: str, letter_id: str) -> None:
     """Print what is known of a letter, its headers and its body."""
@@ -147,7 +141,7 @@ def _body(body: bytes) -> str:
 
 
 @dead.command("retry")
-@_with_app
+@app_option
 @_with_choice
 def retry(
     path: str, ids: tuple[str, ...], everything: bool, task: str | None, reason: str | None
@@ -169,7 +163,7 @@ def retry(
 
 
 @dead.command("discard")
-@_with_app
+@app_option
 @_with_choice
 def discard(
     path: str, ids: tuple[str, ...], everything: bool, task: str | None, reason: str | None

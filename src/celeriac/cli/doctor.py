@@ -8,7 +8,7 @@ from dataclasses import asdict
 import click
 
 from celeriac.app import settings_of
-from celeriac.cli.apps import load
+from celeriac.cli.apps import app_option, load
 from celeriac.doctor import Finding, Severity, examine
 from celeriac.errors import ConfigurationError, exit_on_error
 
@@ -17,10 +17,7 @@ _WIDTH = 100
 
 
 @click.command()
-@click.option(
-    "-A", "--app", "--celery", "path", default="main.celery", show_default=True,
-    help="The Celery app.",
-)  # fmt: skip
+@app_option
 @click.option("--flower", "flower_url", help="Where Flower is; by default what FLOWER_URL says.")
 @click.option("--json", "as_json", is_flag=True, help="Findings as JSON.")
 def doctor(path: str, flower_url: str | None, as_json: bool) -> None:

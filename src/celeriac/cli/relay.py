@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from celeriac.cli.apps import app_option, load
 from celeriac.errors import exit_on_error
 
 if TYPE_CHECKING:
@@ -13,13 +14,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option(
-    "-A", "--celery", "path", default="main.celery", show_default=True, help="The Celery app."
-)
+@app_option
 def relay(path: str) -> None:
     """Send what is left in the outbox, until SIGTERM. Any number of relays may run."""
-    from celeriac.cli.apps import load
-
     with exit_on_error():
         asyncio.run(_relay(load(path)))
 

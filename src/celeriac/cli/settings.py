@@ -4,13 +4,13 @@ import click
 from celery import Celery
 
 from celeriac.app import settings_of
-from celeriac.cli.apps import load
+from celeriac.cli.apps import app_option, load
 from celeriac.errors import exit_on_error
 from celeriac.settings import mask
 
 
 @click.command()
-@click.option("--celery", "path", default="main.celery", show_default=True, help="The Celery app.")
+@app_option
 def settings(path: str) -> None:
     """Print every setting: its effective value, secrets masked, and where it comes from."""
     with exit_on_error():

@@ -1,11 +1,13 @@
-"""`./run dev`, on each set of services that this machine has."""
+"""`./run dev`, on each set of services that this machine has, and a browser."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
 from kombu.connection import Connection
+from playwright.sync_api import Browser
 
+from browser import chromium
 from support import clean_environment, empty_redis, fresh_postgres_database, given, wanted
 from system import System, free_base_port
 
@@ -47,6 +49,12 @@ def system(
         stack.callback(running.close)
         running.wait_until_ready()
         yield running
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,6 @@ import yaml
 from kombu.connection import Connection
 from playwright.sync_api import Browser
 
-from browser import chromium
 from celeriac.embedded import Valkey
 from support import (
     ROOT,
@@ -48,7 +47,7 @@ def write(folder: Path, **changes: Any) -> Path:
             "result_backend": "redis://127.0.0.1:1/0",
         },
     } | changes
-    file.write_text(yaml.safe_dump(config))
+    file.write_text(yaml.safe_dump({key: value for key, value in config.items() if value}))
     return file
 
 
@@ -97,12 +96,6 @@ class Example:
 @pytest.fixture(autouse=True)
 def _leaves_no_loop() -> None:
     """Instead of the check for all tests: Playwright's own loop lasts as long as the browser."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture(scope="module", params=SERVICES)
@@ -235,15 +228,15 @@ def test_the_browsers_client_follows_a_task(
 
 
 # P51: nothing is configured when the tasks are imported.
-def test_the_tasks_are_imported_without_any_configuration(tmp_path: Path) -> None:
+def test_tasks_and_routes_are_imported_without_any_configuration(tmp_path: Path) -> None:
     found = run_python(
         "-c",
-        "from server.controller.tasks import long_task; from server.core import celery; "
-        "print(long_task.name); import sys; print('celeriac.transport' in sys.modules)",
+        "from server.controller.routes import routes; from server.controller.tasks import "
+        "long_task; print(routes.name, long_task.name)",
         cwd=EXAMPLE,
         env=clean_environment(FLASK_CONFIG=str(tmp_path / "nowhere"), PYTHONPATH=str(EXAMPLE)),
     )
-    assert found.stdout.splitlines()[0] == "server.controller.tasks.long_task", found.stderr
+    assert found.stdout.split() == ["routes", "server.controller.tasks.long_task"], found.stderr
 
 
 BAD = {
@@ -251,7 +244,7 @@ BAD = {
     "no YAML": ("secret_key: hidden\nport: [1", r"\S+ is no YAML at line 2: (?!.*hidden).+"),
     "a list": ("- 1", r"\S+: expected port, secret_key and celery"),
     "empty": ("", r"\S+: expected port, secret_key and celery"),
-    "a missing key": ({"secret_key": None}, r"\S+: secret_key: .+"),
+    "a missing key": ({"secret_key": None}, r"\S+: secret_key: missing"),
     "a wrong type": ({"port": "many"}, r"\S+: port: Input should be a valid integer"),
     "a bad port": ({"port": 70000}, r"\S+: port: .+65535"),
     "an unknown key": ({"prot": 1}, r"\S+: prot: unknown key"),
@@ -370,7 +363,7 @@ def test_one_command_starts_the_example_with_a_valkey_of_its_own(tmp_path: Path)
     port = free_port()
     while not is_free(port - 8010 + 5557):
         port = free_port()
-    command = [str(ROOT / "run"), "dev", "--example", "flask", "--port", str(port), "--no-reload"]
+    command = [str(ROOT / "run"), "dev", "--port", str(port), "--example", "flask", "--no-reload"]
     with Process([*command, "--data", str(tmp_path / "data")]) as runner:
         runner.wait_for(r"^celeriac +\| +web +http\S+ +ready", timeout=60)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=10) as http:
@@ -379,3 +372,5 @@ def test_one_command_starts_the_example_with_a_valkey_of_its_own(tmp_path: Path)
             assert ended.json()["state"] == "SUCCESS"
         runner.signal(signal.SIGTERM)
         assert runner.wait() == 0
+    refused = run_python(ROOT / "run", "dev", "--example", "flsk")
+    assert refused.stderr.splitlines()[-1] == "run: --example flsk: there is flask"

@@ -22,7 +22,6 @@ from playwright.sync_api import (
 )
 from playwright.sync_api import Request as BrowserRequest
 
-from browser import chromium
 from celeriac.status import Event, Status
 from celeriac.web import STATIC
 from system import System
@@ -42,12 +41,6 @@ def client(system: System) -> Celery:
 @pytest.fixture(autouse=True)
 def _leaves_no_loop() -> None:
     """Instead of the check for all tests: Playwright's own loop lasts as long as the browser."""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -34,15 +34,15 @@ def create_app() -> Flask:
             "task_create_missing_queues": True,
         },
     )
-    db.init_app(app)
-    extension.init_app(app)
 
     @app.teardown_appcontext
     def tell(error: BaseException | None) -> None:
+        """Called last, since it comes first here: whether the session is still held."""
         if (key := g.get("key")) is not None:
-            held = db.session.registry.has()
-            notes.rpush(f"note:{key}", f"{type(error).__name__} {held}")
+            notes.rpush(f"note:{key}", f"{type(error).__name__} {db.session.registry.has()}")
 
+    db.init_app(app)
+    extension.init_app(app)
     return app
 
 
@@ -84,29 +84,26 @@ def nest_sync() -> list[list[str]]:
     return [greet_sync(), greet_sync.apply().result, [str(g.marked)]]
 
 
-@extension.task(bind=True, max_retries=1)
-async def end(self: Task, key: str, how: str) -> str:
+def use_and_end(task: Task, key: str, how: str) -> None:
     g.key = key
     db.session.scalar(select(1))
     if how == "error":
         raise ValueError(how)
     if how == "retry":
-        raise self.retry(countdown=0)
+        raise task.retry(countdown=0)
+
+
+@extension.task(bind=True, max_retries=1)
+async def end(self: Task, key: str, how: str) -> None:
+    use_and_end(self, key, how)
     if how == "cancel":
         notes.rpush("note:runs", "yes")
         await asyncio.sleep(60)
-    return how
 
 
 @extension.task(bind=True, max_retries=1)
-def end_sync(self: Task, key: str, how: str) -> str:
-    g.key = key
-    db.session.scalar(select(1))
-    if how == "error":
-        raise ValueError(how)
-    if how == "retry":
-        raise self.retry(countdown=0)
-    return how
+def end_sync(self: Task, key: str, how: str) -> None:
+    use_and_end(self, key, how)
 
 
 app = create_app()

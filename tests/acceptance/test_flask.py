@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -104,18 +105,22 @@ def example(
 ) -> Iterator[Example]:
     backend = valkey.celery_url if request.param == "embedded" else given("TEST_REDIS_URL")
     empty_redis(backend)
-    broker = backend
-    if request.param == "rabbitmq":
-        broker = given("TEST_AMQP_URL")
-        connect = Connection(broker)  # type: ignore[no-untyped-call]
-        with connect as connection, connection.channel() as channel:
-            channel.queue_delete("celery")
-    running = Example(tmp_path_factory.mktemp("flask"), broker, backend)
-    try:
+    broker = given("TEST_AMQP_URL") if request.param == "rabbitmq" else backend
+    with ExitStack() as stack:
+        if request.param == "rabbitmq":
+            # Before, and after: other files declare it otherwise.
+            delete_queue(broker)
+            stack.callback(delete_queue, broker)
+        running = Example(tmp_path_factory.mktemp("flask"), broker, backend)
+        stack.callback(running.close)
         running.wait_until_ready()
         yield running
-    finally:
-        running.close()
+
+
+def delete_queue(broker: str) -> None:
+    connect = Connection(broker)  # type: ignore[no-untyped-call]
+    with connect as connection, connection.channel() as channel:
+        channel.queue_delete("celery")
 
 
 def test_the_index_and_a_task_to_its_result(example: Example) -> None:  # P54 to P56

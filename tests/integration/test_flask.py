@@ -295,7 +295,7 @@ ASKED = [
 def answer_of(code: int, headers: Mapping[str, str], body: bytes) -> Any:
     """What has to be the same, whatever the framework."""
     kind = headers.get("content-type", "").partition(";")[0] if body else ""
-    told = json.loads(body) if kind == "application/json" else body
+    told: Any = json.loads(body) if kind == "application/json" else body
     names = ("etag", "retry-after", "access-control-allow-origin")
     found = {name: headers[name] for name in names if name in headers}
     if kind == "text/javascript":

@@ -2,16 +2,22 @@
 
 import logging
 import re
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakSet
 
 from celery import Celery, Task, signals
+from kombu.exceptions import OperationalError
 from kombu.message import Message
+from kombu.utils.functional import retry_over_time
+from redis.exceptions import RedisError
 
 from celeriac import bridge, dead
 from celeriac.errors import DeadLetterError
 
 logger = logging.getLogger(__name__)
+
+_PATIENCE = 30  # seconds in which a server is expected to be back
 
 # The bits that Celery writes before the key of a message that is delayed on RabbitMQ.
 _DELAY = re.compile(r"^([01]\.)+")
@@ -78,12 +84,23 @@ def _exhausted(sender: Task, task_id: str, exception: Exception, **_: Any) -> No
 
 
 def _bury_request(task: Task, request: Any, error: Exception) -> None:
+    def keep() -> None:
+        with dead.letters(task.app) as kept:
+            kept.bury(headers, raw, "retries", queue, repr(error))
+
+    def wait(failed: Exception, intervals: Iterator[float], _: int) -> float:
+        logger.warning("a dead letter waits: %r", failed)
+        return next(intervals)
+
     try:
         raw = dead.message_of_request(task, request)
         queue = _queue_of(task.app, request.delivery_info)
         headers = {"id": request.id, "task": task.name}
-        with dead.letters(task.app) as kept:
-            kept.bury(headers, raw, "retries", queue, repr(error))
+        # The task's end is stored and cannot wait for this: its message may be gone already.
+        retry_over_time(  # type: ignore[no-untyped-call]
+            keep, (OperationalError, RedisError), errback=wait, timeout=_PATIENCE,
+            interval_start=0.1, interval_step=0.2, interval_max=1,
+        )  # fmt: skip
     except DeadLetterError:
         return
     except Exception:

@@ -302,6 +302,13 @@ async def give_up_by_itself(self: Task, key: str) -> None:
 
 
 @celery.task
+async def fail_later(seconds: float, key: str) -> None:
+    note(key, "started")
+    await asyncio.sleep(seconds)
+    raise ConnectionError(key)
+
+
+@celery.task
 def fail_at_once() -> None:
     raise ValueError("no retry")
 

@@ -388,6 +388,23 @@ def test_a_task_that_has_used_up_its_retries_is_a_letter(
             assert len(kept) == 0
 
 
+@pytest.mark.parametrize("pool", ["celeriac", "prefork"])
+def test_a_last_attempt_waits_for_the_place_of_letters(
+    pool: str, valkey: Valkey, tmp_path: Path
+) -> None:
+    empty_redis(valkey.celery_url)
+    with Valkey(tmp_path) as queues, worker(queues.celery_url, valkey, pool=pool) as here:
+        last = here.send("fail_later", 1, "last", retries=3)  # of Celery's usual three
+        assert here.noted("last") == "started"
+        queues.stop()
+        eventually(last.failed)
+        here.process.wait_for("a dead letter waits")
+        queues.start()
+        with client(queues.celery_url, valkey) as app:
+            letter, _ = the_letter(app, last.id)
+            assert (letter.reason, letter.error) == ("retries", "ConnectionError('last')")
+
+
 def test_a_refused_message_waits_for_the_place_of_letters(valkey: Valkey, tmp_path: Path) -> None:
     broker = given("TEST_AMQP_URL")
     empty_redis(valkey.celery_url)

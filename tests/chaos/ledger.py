@@ -57,6 +57,10 @@ class Ledger(ABC):
     def entries(self) -> list[Entry]:
         """All of this book, in the order in which they were written, nearly."""
 
+    def ended(self) -> set[str]:
+        """The keys of which a run has come to its end."""
+        return {entry.key for entry in self.entries() if entry.event == "end"}
+
     def close(self) -> None:  # noqa: B027 (a file has nothing to close)
         pass
 
@@ -86,6 +90,8 @@ class DatabaseLedger(Ledger):
         self._connection: psycopg.Connection[Any] | None = None
         self._owner = 0
         self._seen: dict[int, Entry] = {}
+        self._ended: set[str] = set()
+        self._last = 0
 
     def _connected(self) -> "psycopg.Connection[Any]":
         if self._connection is None or self._owner != os.getpid():
@@ -111,15 +117,26 @@ class DatabaseLedger(Ledger):
             )
 
     def entries(self) -> list[Entry]:
-        after = max(self._seen, default=0) - _OVERLAP
         with self._lock:
-            rows = self._connected().execute(
-                f"SELECT number, {_COLUMNS} FROM ledger WHERE book = %s AND number > %s "
-                "ORDER BY number",
-                (self.book, after),
-            )
-            self._seen.update((row[0], Entry(*row[1:])) for row in rows)
-        return [self._seen[number] for number in sorted(self._seen)]
+            self._read_on()
+            return [self._seen[number] for number in sorted(self._seen)]
+
+    def ended(self) -> set[str]:
+        with self._lock:  # without going through all of them: a load asks all the time
+            self._read_on()
+            return self._ended.copy()
+
+    def _read_on(self) -> None:
+        rows = self._connected().execute(
+            f"SELECT number, {_COLUMNS} FROM ledger WHERE book = %s AND number > %s "
+            "ORDER BY number",
+            (self.book, self._last - _OVERLAP),
+        )
+        for number, *columns in rows:
+            self._seen[number] = entry = Entry(*columns)
+            self._last = max(self._last, number)
+            if entry.event == "end":
+                self._ended.add(entry.key)
 
     def close(self) -> None:
         if self._connection is not None:

@@ -25,11 +25,11 @@ class Load:
         play: Stage,
         rng: random.Random,
         *,
-        total: int | None = None,
+        least: int = 0,
         longest: float = 0.1,
         ahead: int = AHEAD,
     ) -> None:
-        self.play, self.random, self.total = play, rng, total
+        self.play, self.random, self.least = play, rng, least
         self.longest, self.ahead = longest, ahead
         self.sent: dict[str, str] = {}
         self.refused = 0
@@ -38,7 +38,7 @@ class Load:
 
     async def _send_all(self) -> None:
         number = 0
-        while not self._stopping.is_set() and number != self.total:
+        while self._goes_on():
             if number % 10 == 0:
                 await asyncio.to_thread(self._wait_for_room)
             key, task_id = f"t{number}", uuid4().hex
@@ -53,16 +53,18 @@ class Load:
             else:
                 self.sent[key] = task_id
 
+    def _goes_on(self) -> bool:
+        return not self._stopping.is_set() or len(self.sent) < self.least
+
     def _wait_for_room(self) -> None:
-        while not self._stopping.is_set():
-            done = {entry.key for entry in self.play.entries("end")}
-            if len(self.sent.keys() - done) < self.ahead:
+        while self._goes_on():
+            if len(self.sent.keys() - self.play.ledger.ended()) < self.ahead:
                 return
             time.sleep(0.05)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Sends in the block, and after it what is left of the total."""
+        """Sends in the block, and after it until it has sent the least."""
         thread = threading.Thread(
             target=lambda: asyncio.run(self._send_all()), name="load", daemon=True
         )
@@ -70,10 +72,9 @@ class Load:
         try:
             yield
         except BaseException:
-            self._stopping.set()
+            self.least = 0
             raise
         finally:
-            if self.total is None:
-                self._stopping.set()
+            self._stopping.set()
             thread.join(600)
         assert not thread.is_alive()

@@ -29,6 +29,7 @@ from celeriac import (
     bridge,
     burial,
     delivery,
+    dispatcher,
     messages,
     profile,
     publish,
@@ -109,6 +110,7 @@ def adopt(
     delivery.max_deliveries[app] = max_deliveries
     burial.keep_exhausted(app)
     publish.support(app, publish_timeout)
+    dispatcher.use_dispatcher(app)
     app.steps["worker"].add("celeriac.shutdown:Shutdown")
     _adopted.setdefault(app, None)
     if lifespan is not None:

@@ -1,5 +1,6 @@
-"""Flower, beside a worker of the pool for async tasks."""
+"""Flower, beside a worker of the pool for async tasks, and the events that it reads."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,3 +86,26 @@ def test_flower_ends_a_task_and_grows_the_pool(flower: httpx.Client, worker: Wor
     assert shown(flower, task.id, "REVOKED")["name"] == "pool_app.wait"
     flower.post(f"/worker/pool/grow/{worker.node}", params={"n": 5}).raise_for_status()
     eventually(lambda: worker.control("stats")["pool"]["max-concurrency"] == 25)
+
+
+def test_a_busy_worker_sends_the_events_of_many_tasks_at_once(worker: Worker) -> None:
+    sent: set[str] = set()
+    batches: list[list[dict[str, Any]]] = []
+
+    def receive(body: Any, _: object) -> None:
+        events = body if isinstance(body, list) else [body]
+        batches.append([each for each in events if each.get("uuid") in sent])
+
+    def told() -> Counter[str]:
+        return Counter(each["type"] for batch in batches for each in batch)
+
+    with worker.client.connection() as connection:
+        receiver = worker.client.events.Receiver(connection, accept=["json"])
+        options = {"callbacks": [receive], "no_ack": True, "accept": ["json"]}
+        with connection.Consumer(receiver.queue, **options):
+            worker.control("cancel_consumer", queue=worker.queue)
+            sent |= {worker.send("wait", 0).id for _ in range(100)}
+            worker.control("add_consumer", queue=worker.queue)
+            while told() != dict.fromkeys(("task-received", "task-started", "task-succeeded"), 100):
+                connection.drain_events(timeout=10)
+    assert max(map(len, batches)) > 24  # Celery's

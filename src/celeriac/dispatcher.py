@@ -7,7 +7,7 @@ from celery.app.events import Events
 from celery.events.dispatcher import EventDispatcher
 
 # Celery's are 24. A turn of the worker's main loop makes several hundred, and sends what there is
-# when it ends: nobody sees them later, and each message costs as much as a dozen events.
+# when it ends: nobody sees them later, and each message costs more than a dozen events do.
 _AT_ONCE = 240
 
 

@@ -84,7 +84,7 @@ def assert_doubled_in_flight(runs: dict[str, list[Run]], kills: list[Kill]) -> N
 
 
 def assert_recovered_in_time(runs: dict[str, list[Run]], kills: list[Kill]) -> None:
-    """Of kills after which nobody else was killed who might have taken over."""
+    """Of kills with no other soon after: it might be of a worker that had taken over."""
     took = {}
     for key, of_key in runs.items():
         for earlier, later in pairwise(of_key):

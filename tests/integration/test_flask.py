@@ -298,7 +298,7 @@ def answer_of(code: int, headers: Mapping[str, str], body: bytes) -> Any:
     told: Any = json.loads(body) if kind == "application/json" else body
     names = ("etag", "retry-after", "access-control-allow-origin")
     found = {name: headers[name] for name in names if name in headers}
-    if kind == "text/javascript":
+    if kind == "text/javascript" and "etag" in found:
         found["etag"] = "the file's"
     if code == 422:  # of a union FastAPI tells each part
         told = {tuple(each["loc"][:2]) for each in told["detail"]}
